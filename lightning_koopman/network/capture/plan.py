@@ -155,7 +155,12 @@ def make_plan(
     records, forms, n_samples, placed = _with_forms(
         given, records, tensors, read, batch, valid, reduce, max_dim
     )
-    notes += _rows_that_are_no_samples(n_samples, batch)
+    if (count := rows_without_samples(n_samples, batch)) is not None:
+        notes.append(
+            f"the network runs on {n_samples} rows for the {count} samples of the first batch, and each "
+            "row counts as a sample, also those that it adds to every batch, as of a memory bank; let "
+            "forward_fn call the components on the rows of the batch alone"
+        )
     graph = graph_of(records, notes)
     if not named:
         records = _without_comparisons(records, graph, returned, end, notes)
@@ -192,11 +197,10 @@ def make_plan(
             "with reduce=."
         )
     inputs = {record.name for record in records if record.is_input}
-    whole, graph = graph, graph.leading_to(ends)
-    notes += _about(ends, whole, graph, inputs)
+    graph = _leading_to(ends, graph, inputs, notes)
     if end is None:
-        notes += _about_first_returned(ends, graph, inputs, returned)
-    notes += _about_rows([n for n in met if n in graph], [n for n in untold if n in graph])
+        _note_first_returned(ends, graph, inputs, returned, notes)
+    _note_rows([n for n in met if n in graph], [n for n in untold if n in graph], notes)
     states = in_order(graph, ends)
     names = tuple(called(group, ran, inputs) for group in states)
     links = links_between(states, graph)
@@ -395,51 +399,39 @@ def _without_comparisons(
     return [record for record in records if record.name in graph]
 
 
-def _rows_that_are_no_samples(n_samples: int, batch: Any) -> list[str]:
-    """Tell of rows that are no parts of the batch's samples."""
-    count = rows_without_samples(n_samples, batch)
-    if count is None:
-        return []
-    return [
-        f"the network runs on {n_samples} rows for the {count} samples of the first batch, and each "
-        "row counts as a sample, also those that it adds to every batch, as of a memory bank; let "
-        "forward_fn call the components on the rows of the batch alone"
-    ]
+def _leading_to(ends: Sequence[str], graph: Graph, inputs: Collection[str], notes: list[str]) -> Graph:
+    """Keep what leads to the ends of the chain; of the rest, what is no input is told."""
+    kept = graph.leading_to(ends)
+    aside = [n for n in graph if n not in kept and n not in inputs and not is_sum(n)]
+    if aside:
+        notes.append(
+            f"this report is about {listed(ends)}; left out, for nothing leads from there to it: "
+            f"{listed(aside)}; choose another output with output="
+        )
+    return kept
 
 
-def _about(ends: Sequence[str], whole: Graph, kept: Graph, inputs: Collection[str]) -> list[str]:
-    """Tell what is left out of a graph for it does not lead to the ends, but for inputs."""
-    aside = [n for n in whole if n not in kept and n not in inputs and not is_sum(n)]
-    if not aside:
-        return []
-    return [
-        f"this report is about {listed(ends)}; left out, for nothing leads from there to it: "
-        f"{listed(aside)}; choose another output with output="
-    ]
-
-
-def _about_first_returned(
+def _note_first_returned(
     ends: Sequence[str],
     graph: Graph,
     inputs: Collection[str],
     returned: Mapping[str, frozenset[str]],
-) -> list[str]:
+    notes: list[str],
+) -> None:
     """Tell where the first tensor returned is made of what is on the way to the ends alone."""
     # Behind it may be hidden states and caches, which are no outputs.
     first, made_of = next(iter(returned.items()), ("", frozenset[str]()))
     passed = [name for name in graph if name in made_of and name not in inputs]
-    if not passed or first in ends or not made_of.isdisjoint(ends):
-        return []
-    return [
-        f"this report is about {listed(ends)}; the first tensor that the network returns is made of "
-        f"{listed(passed)}, and counts only as far as that leads there; choose another output with "
-        "output="
-    ]
+    if passed and first not in ends and made_of.isdisjoint(ends):
+        notes.append(
+            f"this report is about {listed(ends)}; the first tensor that the network returns is made of "
+            f"{listed(passed)}, and counts only as far as that leads there; choose another output with "
+            "output="
+        )
 
 
-def _about_rows(met: Sequence[str], untold: Sequence[str]) -> list[str]:
+def _note_rows(met: Sequence[str], untold: Sequence[str], notes: list[str]) -> None:
     """Tell of states with rows of several samples, and of those whose axis of samples is a guess."""
-    notes = []
     if met:
         notes.append(
             f"rows of several samples meet in {listed(met)}, and operators see one of them, so what the "
@@ -450,7 +442,6 @@ def _about_rows(met: Sequence[str], untold: Sequence[str]) -> list[str]:
             f"samples may be along the first or the second axis of {listed(untold)}, which are of one "
             "size, and are taken to be along the first; take batches of another size where they are not"
         )
-    return notes
 
 
 def _with_fitting_ends(records: Sequence[Recorded], batch: Any) -> Sequence[Recorded]:
