@@ -116,7 +116,7 @@ class BitWidths(Shown):
         alterations = Alterations(new, self.parts, tuple(kinds), replacements=kinds)
         with ExitStack() as altered:
             for name, option in zip(self.components, self.bits, strict=True):
-                altered.enter_context(alterations.weights(_kind(option), [name]))
+                altered.enter_context(alterations.weights.altered(_kind(option), [name]))
             tensors = [tensor for calls in self.parts.values() for tensor in _held(new, calls)]
             values = [tensor.detach().clone() for tensor in tensors]
         with torch.no_grad():
@@ -403,11 +403,12 @@ class _Rounded:
 
     def unsettable(self) -> dict[str, str]:
         """Say why the weights of components cannot be set to others."""
-        return {name: error.why for (_, name), error in self._alterations.unsettable().items()}
+        found = self._alterations.weights.unsettable(self._alterations.kinds)
+        return {name: error.why for (_, name), error in found.items()}
 
     def alone(self, name: str, option: int) -> tuple[Measured, Tensor]:
         """Round one component: the effect, and how that moves the outputs, in the metric of effects."""
-        with self._alterations.weights(_kind(option), [name]):
+        with self._alterations.weights.altered(_kind(option), [name]):
             given = self._runner.run()
         return over_draws([self._outputs.compare(given)]), self._outputs.displacement(given)
 
@@ -415,7 +416,7 @@ class _Rounded:
         """Round all components, each to its number of bits."""
         with ExitStack() as altered:
             for name, option in bits.items():
-                altered.enter_context(self._alterations.weights(_kind(option), [name]))
+                altered.enter_context(self._alterations.weights.altered(_kind(option), [name]))
             return over_draws([self._outputs.compare(self._runner.stream())])
 
 

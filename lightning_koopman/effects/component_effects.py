@@ -20,12 +20,12 @@ from lightning_koopman.effects.alterations import (
     SHIFT,
     Alterations,
     Tell,
-    Weights,
     altered_parts,
     counted_as_in,
     counted_in,
     padded_sequences,
 )
+from lightning_koopman.effects.altered_weights import Weights
 from lightning_koopman.effects.returned import (
     Ends,
     choose_outputs,
@@ -383,7 +383,7 @@ def _refused(alterations: Alterations, only_predicted: Sequence[str]) -> list[st
             found.setdefault((name, why), []).append(kind)
     if all(len(names) == len(alterations.names) for names in alterations.refused.values()):
         name, message = next(iter(found))
-        if any(alterations.touches_weights(kind) for kind in found[name, message]) and only_predicted:
+        if any(alterations.weights.altered_by(kind) for kind in found[name, message]) and only_predicted:
             message += "; or alter weights alone, with how='measured'"
         raise ValueError(message)
     notes: list[str] = []
@@ -517,13 +517,13 @@ def _change(
     """Run a network in which some components are altered in one way, and compare the outputs."""
     alter: dict[HookPoint, Alteration] = {}
     read: list[HookPoint] = []
-    if not alterations.touches_weights(kind):
+    if not alterations.weights.altered_by(kind):
         # In a set, the input of a component is not what its linear map was fitted to.
         left_out = len(members) == 1
         for name in members:
             alter |= alterations.altering(kind, name, left_out=left_out, groups=groups)
         read = [p for name in members if kind != "output_noise" for p in alterations.taken_by(name)]
-    with alterations.weights(kind, members):
+    with alterations.weights.altered(kind, members):
         return before.compare(runner.stream(read, alter))
 
 

@@ -125,7 +125,7 @@ def predict(
             moved: Moved = {}
             if kind != "output_noise":
                 moved = _displacements(alterations, runner, kind, before, number, rounds, each, beyond)
-                if not number and alterations.touches_weights(kind):
+                if not number and alterations.weights.altered_by(kind):
                     apart = {i: m for i, m in moved.items() if reached[i] and i not in beyond[kind]}
                     far_off[kind] = _far_off(alterations, runner, kind, before, found, apart, end)
             for gradients in found:
@@ -229,9 +229,9 @@ def _finished(
     reached = reached & altered
     pairs[:, ~reached] = torch.nan
     pairs[:, :, ~reached] = torch.nan
-    if alterations.touches_weights(kind):
+    if alterations.weights.altered_by(kind):
         # To alter one of those that share weights is to alter the others: there is no sum.
-        for group in alterations.sharing_weights():
+        for group in alterations.weights.sharing():
             for i in group:
                 pairs[:, i, [j for j in group if j != i]] = torch.nan
     values, stderr = with_folds(pairs.diagonal(dim1=1, dim2=2), sizes)
@@ -259,7 +259,7 @@ def _displacements(
     owners = {p: names[i] for i in settled for p in alterations.all_altered(kind, names[i])}
     by_call = {point: [values for values in rounds if point in values] for point in owners}
     moved: dict[int, dict[HookPoint, list[Tensor]]] = {}
-    if not alterations.touches_weights(kind):
+    if not alterations.weights.altered_by(kind):
         for i, name in enumerate(names):
             if name in alterations.refused[kind]:
                 continue
@@ -287,7 +287,9 @@ def _displacements(
         """Alter some; return the outputs, and all that must not change but by those that are altered."""
         given.update({point: [] for point in owners})
         turned = [names[i] for i in altered if names[i] not in alterations.refused[kind]]
-        with alterations.weights(kind, [name for name in turned if name not in alterations.unsettled]):
+        with alterations.weights.altered(
+            kind, [name for name in turned if name not in alterations.unsettled]
+        ):
             output, taken = runner.run_batch(number, read, alter)
         return output, [output, *(values[p] for values in taken for p in read if p in values)]
 
@@ -295,7 +297,7 @@ def _displacements(
         pairs = zip(seen, as_it_is, strict=True)
         return not all(a.shape == b.shape and torch.allclose(a, b, 0, 0, True) for a, b in pairs)
 
-    groups = alterations.sharing_weights()
+    groups = alterations.weights.sharing()
     known = beyond.get(kind)
     if known is None or known:
         end, as_it_is = run((), inputs)

@@ -179,7 +179,7 @@ def test_noise_on_complex_weights_moves_both_parts_by_its_share_in_all():
     alterations = Alterations(net, {"1": ("1",)}, ["weight_noise"], strength=0.5)
     torch.manual_seed(0)
     for _ in range(50):
-        with alterations.weights("weight_noise", ["1"]):
+        with alterations.weights.altered("weight_noise", ["1"]):
             moved.append(net[1].weight.detach() - weight)
     assert torch.equal(net[1].weight, weight)
     both = torch.view_as_real(torch.stack(moved)).square().mean((0, 1, 2, 3))

@@ -530,7 +530,7 @@ def test_noise_leaves_single_and_whole_numbers_alone():
     model[0].register_parameter("count", nn.Parameter(torch.arange(4), requires_grad=False))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     noise = Alterations(model, {"0": ("0",), "1": ("1",)}, ["weight_noise"], strength=0.5)
-    with noise.weights("weight_noise", ["0", "1"]):
+    with noise.weights.altered("weight_noise", ["0", "1"]):
         inside = {name: value.clone() for name, value in model.state_dict().items()}
     assert {name for name in before if not torch.equal(before[name], inside[name])} == {
         "1.weight",
@@ -613,7 +613,7 @@ def test_attention_is_drawn_anew_as_it_is_built():
         for parameter in net.parameters():
             parameter.fill_(5.0)
     anew = Alterations(net, {"0": ("0",)}, ["reinit"])
-    with anew.weights("reinit", ["0"]):
+    with anew.weights.altered("reinit", ["0"]):
         # The layer that it holds draws a bias, which attention then sets to zero.
         assert not net[0].self_attn.out_proj.bias.any()
         assert not net[0].self_attn.in_proj_bias.any()

@@ -221,7 +221,7 @@ def test_weights_are_replaced_and_put_back_exactly(dtype):
     model = nn.Sequential(net)
     given = {f"0.{name}": weight for name, weight in after.items()}
     alterations = Alterations(model, {"0": ("0",)}, ["other"], replacements={"other": given})
-    with alterations.weights("other", ["0"]):
+    with alterations.weights.altered("other", ["0"]):
         assert all(torch.equal(p, after[name]) for name, p in net.named_parameters())
         assert not torch.equal(net.weight, before["weight"])
     assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
@@ -234,7 +234,7 @@ def test_noise_on_weights_is_a_share_of_their_standard_deviation(dtype):
     before = net[0].weight.detach().clone()
     spread = float((before - before.mean()).abs().square().mean().sqrt())
     alterations = Alterations(net, {"0": ("0",)}, ["weight_noise"], strength=0.2)
-    with alterations.weights("weight_noise", ["0"]):
+    with alterations.weights.altered("weight_noise", ["0"]):
         moved = (net[0].weight.detach() - before) / (0.2 * spread)
     parts = torch.view_as_real(moved).flatten(0, 1).T if moved.is_complex() else moved.flatten()[None]
     # Independent parts that add up to one.
