@@ -508,8 +508,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if batch_idx == 0 and self._due_epoch:
             parts = named_components(pl_module, self.components)
             if self.components is None:
-                norms, listed = norms_beside(pl_module, parts)
-                parts |= norms | listed
+                parts |= norms_beside(pl_module, parts)
             # A training step is followed only where it makes several calls, which the first one shows.
             follow_from = None if is_compiled(pl_module) else 1
             calls = Recording(pl_module, parts, follow_from=follow_from, ordered=False)

@@ -108,24 +108,27 @@ def automatic_components(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
 
 
-def norms_beside(
-    model: nn.Module, chosen: Mapping[str, nn.Module]
-) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """List the norms in no other component, and apart from them those of lists beside what they follow.
+def norms_beside(model: nn.Module, chosen: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """List the norms in no other component.
 
-    Where a norm is registered says nothing about where it runs; the first pass does. Those in lists go
-    with whole blocks, too, and others with single layers alone.
+    Where a norm is registered says nothing about where it runs; the first pass does.
     """
     others = {name: module for name, module in chosen.items() if not is_norm(module)}
-    named = {id(part) for _, part in _parts(model)}
     outside = {id(module) for module in transparent_modules(model, others)}
-    norms = {
+    return {
         name: module
         for name, module in clean_modules(model)
         if id(module) in outside and is_norm(module) and has_weights(module)
     }
-    listed = {name: norm for name, norm in norms.items() if id(norm) not in named}
-    return {name: norm for name, norm in norms.items() if name not in listed}, listed
+
+
+def of_lists(model: nn.Module, norms: Iterable[nn.Module]) -> frozenset[int]:
+    """Find the norms, by id, that stand in lists beside what they follow: whole blocks, too.
+
+    Others belong to single layers alone.
+    """
+    named = {id(part) for _, part in _parts(model)}
+    return frozenset(map(id, norms)) - named
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -23,6 +23,7 @@ from lightning_koopman.network.components import (
     n_weights,
     named_components,
     norms_beside,
+    of_lists,
     transparent_modules,
     with_output,
 )
@@ -57,9 +58,9 @@ class Chosen:
         if self.end is not None:
             self.components = with_output(model, self.components, self.end)
         # Which of them belong to a layer shows in the first pass.
-        norms, listed = ({}, {}) if self.named else norms_beside(model, self.components)
-        self.listed = frozenset(map(id, listed.values()))
-        self.norms = {name: norm for name, norm in (norms | listed).items() if name != self.end}
+        norms = {} if self.named else norms_beside(model, self.components)
+        self.listed = of_lists(model, norms.values())
+        self.norms = {name: norm for name, norm in norms.items() if name != self.end}
         self.components |= self.norms
         self.inner = {} if self.named else self._find_inner()
         self.opened: set[int] = set()
