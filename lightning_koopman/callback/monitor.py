@@ -14,11 +14,7 @@ from torch import Tensor
 
 from lightning_koopman.callback.budget import Budget
 from lightning_koopman.callback.effects_in_time import EffectsInTime
-from lightning_koopman.callback.harmless import (
-    HarmlessCallback,
-    never_in_the_way,
-    release_memory,
-)
+from lightning_koopman.callback.harmless import HarmlessCallback, never_in_the_way, release_memory
 from lightning_koopman.callback.loggers import CreditWriter
 from lightning_koopman.callback.recorded_effects import parts_in
 from lightning_koopman.callback.trainer_facts import (

@@ -17,18 +17,10 @@ from rich.markup import escape
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
-from lightning_koopman.decisions.steps import (
-    is_finite,
-    run_whole,
-    told_apart,
-)
+from lightning_koopman.decisions.steps import is_finite, run_whole, told_apart
 from lightning_koopman.decisions.swaps import copied_with
 from lightning_koopman.effects.alterations import Alterations
-from lightning_koopman.effects.replacements import (
-    is_stored_otherwise,
-    other_matrices,
-    rounded_weights,
-)
+from lightning_koopman.effects.replacements import is_stored_otherwise, other_matrices, rounded_weights
 from lightning_koopman.effects.scoring import Measured, Metric, Outputs, over_draws
 from lightning_koopman.network.access.isolation import is_expanded, undisturbed
 from lightning_koopman.network.arguments import INTEGER, NUMBER, check_each, check_given, check_type

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman.effects.altered_weights import AlteredWeights, Weights
-from lightning_koopman.effects.derived_weights import (
-    UnalterableError,
-)
+from lightning_koopman.effects.derived_weights import UnalterableError
 from lightning_koopman.effects.linear_map import LinearFit, LinearMap
 from lightning_koopman.effects.means import MeanAndSpread
 from lightning_koopman.network.access.isolation import fast_path

@@ -39,13 +39,7 @@ from lightning_koopman.koopman.options import DEFAULTS
 from lightning_koopman.measurement.measurement import Measurement
 from lightning_koopman.network.access.hooks import attach
 from lightning_koopman.network.access.isolation import fast_path, seed_all, undisturbed
-from lightning_koopman.network.arguments import (
-    INTEGER,
-    NUMBER,
-    STATE_DICT,
-    check_given,
-    check_type,
-)
+from lightning_koopman.network.arguments import INTEGER, NUMBER, STATE_DICT, check_given, check_type
 from lightning_koopman.network.axes.graphs import index_of_samples, row_counts, samples_of_rows
 from lightning_koopman.network.axes.padding import Valid, valid_positions
 from lightning_koopman.network.components import Components, matching

@@ -341,7 +341,7 @@ def test_data_to_fit_on_and_data_to_judge_by(project, capsys, monkeypatch):
         "def one(): return [dataset()[:]]\n"
     )
     # Both networks take as long: the clock decides nothing here.
-    monkeypatch.setattr("lightning_koopman.decisions.linear._seconds", lambda runner: 1.0)
+    monkeypatch.setattr("lightning_koopman.decisions.timing._seconds", lambda runner: 1.0)
     given = ["linearize", "--model=userproject:LitNet", "--ckpt=step10.ckpt", "--out=new.ckpt"]
     assert main([*given, "--data=halves:one"]) == 1
     assert (

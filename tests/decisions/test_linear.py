@@ -12,7 +12,7 @@ from small import wired
 from torch import nn
 
 from lightning_koopman import CheckpointError, credit_report, linearize
-from lightning_koopman.decisions import linear
+from lightning_koopman.decisions import linear, linear_search, timing
 from lightning_koopman.decisions.steps import Cost, Step, is_within
 from lightning_koopman.decisions.swaps import LinearComponent, load_shrunk, save_shrunk, swaps_in
 from lightning_koopman.effects.linear_map import LinearFit
@@ -204,7 +204,7 @@ def test_what_saves_nothing_stays():
 
 def test_a_slower_network_is_refused_unless_asked(monkeypatch):
     net, x = mlp(), inputs()
-    monkeypatch.setattr(linear, "_seconds", lambda runner: 1.0 + len(swaps_in(runner.model)))
+    monkeypatch.setattr(timing, "_seconds", lambda runner: 1.0 + len(swaps_in(runner.model)))
     with pytest.raises(ValueError, match=r"with 4, 2 linear the network is slower: LARGER \(time\): "):
         linearize(net, x.split(250), components=["2", "4"], max_drop=math.inf)
     found = linearize(net, x.split(250), components=["2", "4"], max_drop=math.inf, allow_larger=True)
@@ -312,8 +312,9 @@ def looked_up(monkeypatch, numbers, count):
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6)) for _ in range(count)]
     net = nn.Sequential(*blocks, nn.Linear(6, 3)).eval()
-    monkeypatch.setattr(linear, "cost_of", lambda runner: Cost(1000, 1000))
-    monkeypatch.setattr(linear._Search, "_try", tried)
+    for module in (linear, linear_search):
+        monkeypatch.setattr(module, "cost_of", lambda runner: Cost(1000, 1000))
+    monkeypatch.setattr(linear_search.Search, "_try", tried)
     report = credit_report(net, [inputs()], components=[str(i) for i in range(count)])
     return linearize(net, inputs().split(100), report, max_drop=1.0, scale="kl")
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_koopman.decisions import linear
+from lightning_koopman.decisions import timing
+from lightning_koopman.decisions.linear import _measure_of
 from lightning_koopman.decisions.swaps import LinearComponent, swaps_in
 from lightning_koopman.network.runs.forward_runner import ForwardRunner
 
 # Before all networks of a test have one speed.
-SECONDS = linear._seconds
+SECONDS = timing._seconds
 
 
 @pytest.fixture
@@ -61,9 +62,9 @@ def test_waiting_for_busy_cores_is_not_slowness(factor, disturbed, slower, monke
         own = rng.lognormal(0, 0.03) * (1 + 0.04 * (next(count) % 2))
         return own * (factor if swaps_in(given.model) else 1.0) + waits
 
-    monkeypatch.setattr(linear, "_seconds", seconds)
+    monkeypatch.setattr(timing, "_seconds", seconds)
     given, new = runner(), swaps()
-    found = [linear._compare_times(given, new) for _ in range(100)]
+    found = [timing.compare_times(given, new) for _ in range(100)]
     assert abs(sum(is_slower for _, is_slower in found) - slower) <= 2
     if disturbed <= 0.5:
         ratios = sorted(after / before for (before, after), _ in found)
@@ -77,16 +78,16 @@ def test_a_wait_for_each_of_several_threads_is_none_on_one(monkeypatch, two_thre
         steps = 2 if swaps_in(given.model) else 1
         return 0.9 if torch.get_num_threads() == 1 else 8.0 * steps
 
-    monkeypatch.setattr(linear, "_seconds", seconds)
-    assert linear._compare_times(runner(), swaps()) == ((0.9, 0.9), False)
-    assert linear._measure_of("seconds")(runner(), None) == pytest.approx(0.9)
+    monkeypatch.setattr(timing, "_seconds", seconds)
+    assert timing.compare_times(runner(), swaps()) == ((0.9, 0.9), False)
+    assert _measure_of("seconds")(runner(), None) == pytest.approx(0.9)
     assert torch.get_num_threads() == 2
 
 
 def test_the_number_of_threads_comes_back_where_the_network_fails(monkeypatch, two_threads):
-    monkeypatch.setattr(linear, "_seconds", lambda given: given.fails)
+    monkeypatch.setattr(timing, "_seconds", lambda given: given.fails)
     with pytest.raises(AttributeError, match="fails"):
-        linear._compare_times(runner(), swaps())
+        timing.compare_times(runner(), swaps())
     assert torch.get_num_threads() == 2
 
 
@@ -98,12 +99,12 @@ def test_passes_are_repeated_as_long_as_it_is_not_known(factor, passes, monkeypa
         next(count)
         return rng.lognormal(0, 0.02) * (factor if swaps_in(given.model) else 1.0)
 
-    monkeypatch.setattr(linear, "_seconds", seconds)
-    linear._compare_times(runner(), swaps())
+    monkeypatch.setattr(timing, "_seconds", seconds)
+    timing.compare_times(runner(), swaps())
     assert next(count) - 1 == passes
 
 
 def test_a_network_that_stays_is_timed_once(monkeypatch):
     times = iter(range(10, 20))
-    monkeypatch.setattr(linear, "_seconds", lambda given: float(next(times)))
-    assert linear._compare_times(runner(), []) == ((10.0, 10.0), False)
+    monkeypatch.setattr(timing, "_seconds", lambda given: float(next(times)))
+    assert timing.compare_times(runner(), []) == ((10.0, 10.0), False)

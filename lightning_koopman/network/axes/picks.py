@@ -13,12 +13,7 @@ from torch import Tensor
 from lightning_koopman.network.axes.batch_axes import PRODUCTS, kind
 from lightning_koopman.network.axes.recorded import NO_PICKS, Pick, Picks, Recorded
 from lightning_koopman.network.axes.rows import RowForm, by_sample, last_valid, n_positions
-from lightning_koopman.network.tensors import (
-    address_of,
-    all_tensors,
-    is_all_of_memory,
-    view_of_memory,
-)
+from lightning_koopman.network.tensors import address_of, all_tensors, is_all_of_memory, view_of_memory
 
 # These leave all entries in place, and not every torch says so of them.
 _IN_PLACE = frozenset({

@@ -14,10 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset, IterableDataset
 
 from lightning_koopman.network.arguments import check_given
-from lightning_koopman.network.tensors import (
-    is_wrapper,
-    need_not_wait,
-)
+from lightning_koopman.network.tensors import is_wrapper, need_not_wait
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 
