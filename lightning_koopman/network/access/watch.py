@@ -23,6 +23,7 @@ from lightning_koopman.network.access.bystander import Call, stand_by
 from lightning_koopman.network.access.isolation import may_compile
 from lightning_koopman.network.access.signals import came_from_signal
 from lightning_koopman.network.access.subclasses import MadeUnwatched
+from lightning_koopman.network.operators import operator_of
 from lightning_koopman.network.tensors import has_places
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -214,7 +215,7 @@ def _casting(kinds: Iterable[str]) -> Generator[None, None, None]:
 def _run(call: Call, args: tuple[Any, ...], kwargs: Any) -> Any:
     """Run an operator as it runs where nobody watches."""
     func: Any = call.called
-    if func._schema.name.rpartition("::")[2] in _CASTS_INSIDE:
+    if operator_of(func).name in _CASTS_INSIDE:
         # On other devices these are not used with autocast.
         with _casting(_casts_now() & {"cpu"}):
             return call(*args, **kwargs)

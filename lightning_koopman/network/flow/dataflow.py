@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence, Set
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +18,17 @@ from lightning_koopman.network.axes.picks import PickedPositions
 from lightning_koopman.network.axes.row_order import NO_ORDERS, Orders, RowOrders
 from lightning_koopman.network.axes.rows import NO_PICKS, Picks
 from lightning_koopman.network.flow.shared_memory import LabelsByView
+from lightning_koopman.network.operators import (
+    BATCH_NORMS,
+    BY_VALUE,
+    COPIES,
+    DISTANCES,
+    LAST_AXES_NORMS,
+    LOOK_UPS,
+    VIEWS,
+    Operator,
+    operator_of,
+)
 from lightning_koopman.network.tensors import (
     address_of,
     all_tensors,
@@ -39,27 +49,22 @@ _SHAPE_ONLY = frozenset({
 _COORDINATES = frozenset({"arange", "linspace", "logspace", "eye", "tril_indices", "triu_indices"})
 
 # These read entries of their first argument at places that another one holds.
-_LOOK_UP = frozenset({"embedding", "index", "index_select", "gather", "take"})
+_LOOK_UP = LOOK_UPS | {"embedding", "take"}
 
-# These go on with one tensor, value by value or nearly so, and not every torch says so of them.
-_GO_ON = frozenset({
-    *("leaky_relu", "elu", "hardtanh", "hardswish", "_prelu_kernel", "log_sigmoid_forward"),
-    *("clone", "_to_copy", "index_put", "_index_put_impl", "masked_fill"),
-    *("native_layer_norm", "native_group_norm", "_fused_rms_norm"),
-    *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
-})
+# These go on with one tensor, value by value or nearly so.
+_GO_ON = BY_VALUE | BATCH_NORMS | LAST_AXES_NORMS | {"native_group_norm", "index_put"}
 
 # These may weigh or shift what they read by numbers, and no more.
-_BY_NUMBERS = frozenset({"add", "sub", "rsub", "mul", "div", "neg", "clone", "_to_copy"})
+_BY_NUMBERS = COPIES | {"add", "sub", "rsub", "mul", "div", "neg"}
 
 # These add up, weigh or shut out what they read, so that a sum may go on behind them.
-_LINEAR = _BY_NUMBERS | {"masked_fill", "where", "index_put", "_index_put_impl"}
+_LINEAR = _BY_NUMBERS | {"masked_fill", "where", "index_put"}
 
 # These view a part of a tensor, which what is done to it then goes on from.
 _CUT = frozenset({"select", "slice", "split", "split_with_sizes", "unbind"})
 
 # These put what they read beside something else.
-_BESIDE = frozenset({"cat", "stack", "copy", "index_put", "_index_put_impl"})
+_BESIDE = frozenset({"cat", "stack", "copy", "index_put"})
 
 # These add up two tensors, of which they read the first as it is.
 _ADD = frozenset({"add", "sub", "rsub", "lerp", "addcmul", "addcdiv"})
@@ -81,12 +86,8 @@ OnSum = Callable[[Tensor, str, int, bool], None]
 operator may give what counts as a sum itself, or holds it."""
 
 
-class _OfFunctions:
-    """Stands for operators that take functions, of which no schema tells anything."""
-
-    _schema = SimpleNamespace(name="of_functions", is_mutable=False, arguments=())
-    tags = ()
-    is_view = False
+_OF_FUNCTIONS = Operator("of_functions", "of_functions")
+"""Stands for operators that take functions, of which torch tells nothing."""
 
 
 class DataFlow(Watcher):
@@ -286,28 +287,37 @@ class DataFlow(Watcher):
     def precede(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
         """Note what a tensor holds before an operator writes to it, or goes on with it."""
         if self._on_sum is not None and self._sums:
-            self._show_sums(self._on_sum, func, args, kwargs)
-        written = flat((*args, *kwargs.values())) if self._origins and func._schema.is_mutable else ()
+            self._show_sums(self._on_sum, operator_of(func), args, kwargs)
+        written = flat((*args, *kwargs.values())) if self._origins and operator_of(func).written else ()
         self._blank = {address_of(t) for t in written if not self._get(t) and _is_one_value(t)}
 
     @kept_out_of_the_pass()
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
         """Pass labels on from what an operator read to what it wrote."""
-        name, given = func._schema.name.rpartition("::")[2], flat((*args, *kwargs.values()))
-        lost = _overwritten(name, args, kwargs) if func._schema.is_mutable else ()
+        self._pass_on(operator_of(func), args, kwargs, out)
+
+    @kept_out_of_the_pass()
+    def follow_functions(self, given: Any, out: Any) -> None:
+        """Pass on what labels no operator within passed on."""
+        known = [tensor for tensor in flat([out]) if not self.labels(tensor)]
+        self._pass_on(_OF_FUNCTIONS, (), dict(enumerate(flat(given))), known)
+
+    def _pass_on(self, op: Operator, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
+        name, given = op.name, flat((*args, *kwargs.values()))
+        lost = _overwritten(op, args, kwargs) if op.written else ()
         kept = [(t, i in lost) for i, t in enumerate(given) if i not in lost or not is_all_of_memory(t)]
         reads = [tensor for tensor, _ in kept]
         # What a part holds is lost as well, but not what is told of all its memory.
         over = {place for place, (_, is_lost) in enumerate(kept) if is_lost}
-        known = [] if name in _SHAPE_ONLY else self._known(func, kept, out)
+        known = [] if name in _SHAPE_ONLY else self._known(op, kept, out)
         if known:
             for followed in (self._axes, *self._positions.values()):
-                followed.follow(func, args, reads, out)
+                followed.follow(op, args, reads, out)
         if self._origins and known:
-            self._picks.follow(func, args, reads, [of - ORIGINS for of in known], out)
+            self._picks.follow(op, args, reads, [of - ORIGINS for of in known], out)
             for rows in self._rows if self._merged else ():
-                rows.follow_met(name, args, reads, out, by_entry=torch.Tag.pointwise in func.tags)
-            sorts, *_ = [rows.follow(name, args, reads, out) for rows in self._rows]
+                rows.follow_met(op, args, reads, out)
+            sorts, *_ = [rows.follow(op, args, reads, out) for rows in self._rows]
             if sorts:
                 reads, known = _without_sorts(reads, known, sorts)
                 over = set()
@@ -319,7 +329,7 @@ class DataFlow(Watcher):
         ends |= over
         labels = _NOTHING.union(*(of for i, of in enumerate(known) if i not in ends))
         if self._origins:
-            if torch.Tag.nondeterministic_seeded in func.tags and not _is_off(name, args):
+            if op.may_draw and not _is_off(name, args):
                 labels |= {CHANCE}
             elif name in _COORDINATES:
                 labels |= {OWN}
@@ -329,9 +339,9 @@ class DataFlow(Watcher):
         if self._origins:
             # A mask says which entries count, and is nothing that is added up.
             own = [_NOTHING if i in ends else of - ORIGINS for i, of in enumerate(known)]
-            self._note_sum(name, func, args, reads, own, out)
-        if func._schema.is_mutable:
-            self._label_written(func, args, kwargs, labels)
+            self._note_sum(op, args, reads, own, out)
+        if op.written:
+            self._label_written(op, args, kwargs, labels)
         places = {address_of(tensor) for tensor in reads}
         if name not in _SHAPE_ONLY:
             self.read |= places - {0}
@@ -344,20 +354,18 @@ class DataFlow(Watcher):
                 if address := address_of(tensor):
                     self._paired[address] = sizes
                     self._keep_address(tensor, address)
-        self._follow_merges(name, args, reads, out, flat([out]) if func._schema.is_mutable else made)
+        self._follow_merges(name, args, reads, out, flat([out]) if op.written else made)
 
     def _label_written(
-        self, func: Any, args: tuple[Any, ...], kwargs: Any, labels: frozenset[str]
+        self, op: Operator, args: tuple[Any, ...], kwargs: Any, labels: frozenset[str]
     ) -> None:
         """Let what an operator wrote in place have labels."""
-        named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-        for argument in func._schema.arguments:
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                for tensor in flat([named.get(argument.name)]):
-                    self._set_part(tensor, labels)
-                    # What is viewed otherwise from now on holds the same values.
-                    if torch.Tag.inplace_view not in func.tags:
-                        self._note_write(tensor)
+        written = (args[place] if place < len(args) else kwargs.get(name) for place, name in op.written)
+        for tensor in flat(written):
+            self._set_part(tensor, labels)
+            # What is viewed otherwise from now on holds the same values.
+            if not op.turns_in_place:
+                self._note_write(tensor)
 
     def _follow_merges(
         self,
@@ -385,45 +393,38 @@ class DataFlow(Watcher):
             )
             self._set_merged(out, {**merged, out.shape[0]: whole})
 
-    def follow_functions(self, given: Any, out: Any) -> None:
-        """Pass on what labels no operator within passed on."""
-        known = [tensor for tensor in flat([out]) if not self.labels(tensor)]
-        self.follow(_OfFunctions, (), dict(enumerate(flat(given))), known)
-
-    def _show_sums(self, show: OnSum, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+    def _show_sums(self, show: OnSum, op: Operator, args: tuple[Any, ...], kwargs: Any) -> None:
         """Show sums that an operator goes on with otherwise than to add or to weigh them."""
-        name = func._schema.name.rpartition("::")[2].rstrip("_")
+        name = op.name
         # What is copied to memory of another order is no longer laid out as what was added up.
         turns = kwargs.get("memory_format") not in (None, torch.preserve_format)
-        is_view = func.is_view and (name not in _CUT or _leaves_all(name, args))
+        is_view = op.is_view and (name not in _CUT or _leaves_all(name, args))
         is_kept = name in _LINEAR or name in _SHAPE_ONLY or is_view
         if is_kept and not turns:
             return
-        goes_on = torch.Tag.pointwise in func.tags or name in _GO_ON | _BESIDE
+        goes_on = op.is_pointwise or name in _GO_ON or name in _BESIDE
         for place, tensor in enumerate(flat((*args, *kwargs.values()))):
             if self.sum_in(tensor) is not None and not (is_kept and self.as_added(tensor) is tensor):
                 show(tensor, name, place, goes_on)
 
     def _note_sum(
         self,
-        name: str,
-        func: Any,
+        op: Operator,
         args: tuple[Any, ...],
         reads: Sequence[Tensor],
         known: Sequence[frozenset[str]],
         out: Any,
     ) -> None:
         """Note whether an operator gave a sum of what labels stand for, or went on with one alone."""
-        plain = name.rstrip("_")
         data = [(address_of(t), of) for t, of in zip(reads, known, strict=False) if of]
         # A norm that is written out multiplies a sum by what it made of this one alone.
         alone = len({of for _, of in data}) == 1
-        goes_on = alone and (torch.Tag.pointwise in func.tags or plain in _GO_ON)
+        goes_on = alone and (op.is_pointwise or op.name in _GO_ON)
         before = [self._sums[address] for address, _ in data if address in self._sums]
         is_sum = goes_on and bool(before)
-        is_same = is_sum and plain in _BY_NUMBERS and all(t.numel() < 2 for t in reads[1:])
-        is_sum |= plain in _ADD and len(data) == 2 and bool(known[0])
-        if name in ("sum", "mean"):
+        is_same = is_sum and op.name in _BY_NUMBERS and all(t.numel() < 2 for t in reads[1:])
+        is_sum |= op.name in _ADD and len(data) == 2 and bool(known[0])
+        if op.name in ("sum", "mean"):
             # Of what was stacked, or written side by side, along one axis.
             is_sum = args[0].ndim == out.ndim + 1 and any(len(of) > 1 for _, of in data)
         for written in flat([out]):
@@ -434,7 +435,7 @@ class DataFlow(Watcher):
                 self._keep_address(written, address)
                 # Of what a norm gives beside, nothing goes on.
                 break
-            if func._schema.is_mutable:
+            if op.written:
                 self._sums.pop(address_of(written), None)
 
     def _merges_of(self, reads: Iterable[Tensor]) -> dict[int, tuple[int, ...]]:
@@ -466,12 +467,14 @@ class DataFlow(Watcher):
             self._merged[address] = merged
             self._keep_address(tensor, address)
 
-    def _known(self, func: Any, kept: Sequence[tuple[Tensor, bool]], out: Any) -> list[frozenset[str]]:
+    def _known(
+        self, op: Operator, kept: Sequence[tuple[Tensor, bool]], out: Any
+    ) -> list[frozenset[str]]:
         """Read the labels of what an operator reads, of all the memory where it only writes or views."""
         if not self._parts:
             return [self._get(tensor) for tensor, _ in kept]
         places = {address_of(tensor) for tensor, _ in kept}
-        views = func.is_view and all(address_of(tensor) in places for tensor in flat([out]))
+        views = op.is_view and all(address_of(tensor) in places for tensor in flat([out]))
         return [self._held(t) if views or is_lost else self._get(t) for t, is_lost in kept]
 
     def _held(self, tensor: Tensor) -> frozenset[str]:
@@ -545,12 +548,9 @@ def _is_one_value(tensor: Tensor) -> bool:
     return may_ask and bool((tensor == tensor[(0,) * tensor.ndim]).all())
 
 
-_OVERWRITE = {"copy_", "fill_", "zero_"}
-
-
-def _overwritten(name: str, args: tuple[Any, ...], kwargs: Any) -> set[int]:
+def _overwritten(op: Operator, args: tuple[Any, ...], kwargs: Any) -> set[int]:
     """Find places of tensors that an operator is given to write over, without reading them."""
-    of_self = name in _OVERWRITE
+    of_self = op.full_name in ("copy_", "fill_", "zero_")
     given = [*((of_self and not i, arg) for i, arg in enumerate(args))]
     given += [(keyword == "out", arg) for keyword, arg in kwargs.items()]
     tensors = [(is_written, tensor) for is_written, arg in given for tensor in flat([arg])]
@@ -598,7 +598,7 @@ def _picks_rows(name: str, args: tuple[Any, ...]) -> bool:
     return bool(index.dtype == torch.bool or index.numel() == max(index.shape, default=1))
 
 
-_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "_cdist_forward", "_euclidean_dist"})
+_MEET = DISTANCES | {"mm", "addmm", "bmm", "baddbmm"}
 
 
 def _may_hold_pairs(tensor: Tensor) -> bool:
@@ -616,10 +616,10 @@ def _n_paired(name: str, reads: Sequence[Tensor | None], out: Tensor) -> int:
     apart that were repeated. What it reads is ``None`` where that is no data.
     """
     data = [t for t in reads if t is not None and has_places(t)]
-    if name in _PRODUCTS:
+    if name in _MEET:
         both = all(read is not None for read in reads[-2:])
         return out.shape[-1] if both and out.shape[-1] == out.shape[-2] else 0
-    if name in _VIEWS:
+    if name in VIEWS:
         size = out.shape[0]
         apart = size == out.shape[1] and any(read.shape[:1] == (size * size,) for read in data)
         return size if apart else 0
@@ -644,9 +644,6 @@ def _spread_axes(tensor: Tensor, out: Tensor) -> set[int]:
     return {axis for axis in alike | {*range(missing)} if axis >= 0 and out.shape[axis] > 1}
 
 
-_VIEWS = frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias", "flatten"})
-
-
 def _merged_axes(name: str, args: tuple[Any, ...], out: Tensor) -> tuple[int, ...]:
     """Return the axes that an operator merged into the first one of what it gave, outermost first.
 
@@ -662,7 +659,7 @@ def _merged_axes(name: str, args: tuple[Any, ...], out: Tensor) -> tuple[int, ..
     if name == "repeat":
         alike = len(args[1]) == args[0].ndim and args[1][0] > 1 and args[0].shape[0] > 1
         return (-args[1][0], args[0].shape[0]) if alike else ()
-    if name not in _VIEWS or args[0].is_nested:
+    if name not in VIEWS or args[0].is_nested:
         return ()
     # Entries are read one after the other, so an axis may also be merged in part.
     axes, left = list[int](), out.shape[0]
