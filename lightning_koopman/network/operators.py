@@ -7,6 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+SHAPE_ONLY = frozenset({
+    *(f"{kind}_like" for kind in ("zeros", "ones", "empty", "full", "rand", "randn", "randint")),
+    *(f"new_{kind}" for kind in ("zeros", "ones", "empty", "full", "empty_strided")),
+})
+"""Read a tensor's shape, never its values."""
+
 COPIES = frozenset({"clone", "_to_copy"})
 """Copy a tensor."""
 

@@ -15,7 +15,7 @@ from lightning_koopman.network.capture.chosen import Chosen
 from lightning_koopman.network.capture.kept_states import KeptStates
 from lightning_koopman.network.capture.stages import Stages
 from lightning_koopman.network.names import is_sum, numbered, sum_name
-from lightning_koopman.network.operators import COPIES, operator_of
+from lightning_koopman.network.operators import COPIES, Operator
 from lightning_koopman.network.tensors import (
     all_tensors,
     is_all_of_memory,
@@ -102,11 +102,10 @@ class Takers(Watcher):
             self.names |= {name} if known else set()
 
     @kept_out_of_the_pass()
-    def precede(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+    def precede(self, op: Operator, args: tuple[Any, ...], kwargs: Any) -> None:
         """Tell the operator that is about to run from others, and show what it takes if it was noted."""
         if self.is_ours or self._running:
             return
-        op = operator_of(func)
         if not (op.is_view or op.full_name in _SAME_VALUES):
             self._computed = hash((self._computed, op.full_name))
         for what in self.look(op.full_name, self._computed):

@@ -16,7 +16,8 @@ from lightning_koopman.network.axes.input_data import (
     is_mask,
     shuts_out,
 )
-from lightning_koopman.network.flow.dataflow import BATCH, CHANCE, ORIGINS, OWN, UNKNOWN, DataFlow, OnSum
+from lightning_koopman.network.flow.dataflow import BATCH, CHANCE, ORIGINS, OWN, UNKNOWN, DataFlow
+from lightning_koopman.network.flow.labelled_sums import OnSum
 from lightning_koopman.network.tensors import (
     address_of,
     all_tensors,
@@ -102,7 +103,6 @@ class Provenance:
         Masks say which positions count, and are nothing that a state is made of: they are returned. What
         is put beside a state is none, and neither are zeros and ones that are added to it or gate it.
         """
-        operator = operator.removesuffix("_")
         known = [labels - ORIGINS - self.idle for labels in known]
         new = [{name for name in labels if self._is_new(name)} for labels in known]
         # What comes alone with data is no state.
