@@ -211,7 +211,7 @@ class Sums:
         if not parts or not self._is_sum(name, tensor, made_of):
             return
         # Rows are made as those of what was added up.
-        whole = self._provenance.as_added(tensor)
+        whole = self._provenance.flow.as_added(tensor)
         like = next((part for part in parts if part.tensor.shape == whole.shape), None)
         if like is None:
             like = next((part for part in parts if part.tensor.numel() == tensor.numel()), None)
