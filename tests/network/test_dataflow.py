@@ -326,7 +326,14 @@ def test_what_is_followed_gives_what_it_gives_where_nobody_watches(name, mode, c
     assert flow.labels(found) == {"a"}
 
 
-@pytest.mark.parametrize("pairs", [lambda a, b: a @ b.T, lambda a, b: torch.einsum("ij,kj->ik", a, b)])
+PAIRS = {
+    "product": lambda a, b: a @ b.T,
+    "einsum": lambda a, b: torch.einsum("ij,kj->ik", a, b),
+    "in place": lambda a, b: torch.zeros(len(a), len(b)).addmm_(a, b.T),
+}
+
+
+@pytest.mark.parametrize("pairs", PAIRS.values(), ids=PAIRS.keys())
 def test_comparisons_of_samples_are_told_in_inference_mode_too(pairs):
     with torch.inference_mode():
         a, b = torch.randn(2, 12, 4).unbind()

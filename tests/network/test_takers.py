@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_koopman.network.access.watch import Watcher
 from lightning_koopman.network.capture.sums import Takers
+from lightning_koopman.network.operators import Operator
 
 X = torch.arange(6.0).view(2, 3)
 
@@ -22,8 +23,8 @@ class _Notes(Watcher):
         super().__init__()
         self.calls, self.value = calls, value
 
-    def precede(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
-        if func._schema.name == "aten::mean" and torch.equal(args[0], self.value):
+    def precede(self, op: Operator, args: tuple[Any, ...], kwargs: Any) -> None:
+        if op.full_name == "mean" and torch.equal(args[0], self.value):
             self.calls.note("taken")
 
 
@@ -111,8 +112,8 @@ def test_which_of_several_that_view_the_same_is_told_by_their_order() -> None:
     calls = Takers(lambda what, tensors: seen.append(tensors[0].tolist()))
 
     class Second(Watcher):
-        def precede(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
-            if func._schema.name == "aten::select" and args[2] == 1:
+        def precede(self, op: Operator, args: tuple[Any, ...], kwargs: Any) -> None:
+            if op.full_name == "select" and args[2] == 1:
                 calls.note("second")
 
     with calls, Second():

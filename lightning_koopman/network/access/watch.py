@@ -23,6 +23,7 @@ from lightning_koopman.network.access.bystander import Call, stand_by
 from lightning_koopman.network.access.isolation import may_compile
 from lightning_koopman.network.access.signals import came_from_signal
 from lightning_koopman.network.access.subclasses import MadeUnwatched
+from lightning_koopman.network.operators import Operator, operator_of
 from lightning_koopman.network.tensors import has_places
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -56,10 +57,10 @@ class Watcher:
             _WATCH.remove(self)
             raise
 
-    def precede(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+    def precede(self, op: Operator, args: tuple[Any, ...], kwargs: Any) -> None:
         """See an operator that is about to run."""
 
-    def follow(self, func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
+    def follow(self, op: Operator, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
         """See what an operator read and gave."""
 
     def follow_functions(self, given: Any, out: Any) -> None:
@@ -144,14 +145,15 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._with_functions(call, args, kwargs)
         if _shows_others(func, args):
             return self._one_by_one(call, args, kwargs)
-        start = time.perf_counter()
+        start, op = time.perf_counter(), operator_of(func)
         for watcher in self.watchers:
-            watcher.precede(func, args, kwargs)
+            watcher.precede(op, args, kwargs)
         _Watch.seconds += time.perf_counter() - start
-        out = _run(call, args, kwargs)
+        run = _run_casting if op.name in _CASTS_INSIDE else Call.__call__
+        out = run(call, *args, **kwargs)
         start = time.perf_counter()
         for watcher in self.watchers:
-            watcher.follow(func, args, kwargs, out)
+            watcher.follow(op, args, kwargs, out)
         _Watch.seconds += time.perf_counter() - start
         return out
 
@@ -211,14 +213,11 @@ def _casting(kinds: Iterable[str]) -> Generator[None, None, None]:
         yield
 
 
-def _run(call: Call, args: tuple[Any, ...], kwargs: Any) -> Any:
-    """Run an operator as it runs where nobody watches."""
-    func: Any = call.called
-    if func._schema.name.rpartition("::")[2] in _CASTS_INSIDE:
-        # On other devices these are not used with autocast.
-        with _casting(_casts_now() & {"cpu"}):
-            return call(*args, **kwargs)
-    return call(*args, **kwargs)
+def _run_casting(call: Call, /, *args: Any, **kwargs: Any) -> Any:
+    """Run an operator that runs others as it runs where nobody watches."""
+    # On other devices these are not used with autocast.
+    with _casting(_casts_now() & {"cpu"}):
+        return call(*args, **kwargs)
 
 
 def _shows_others(func: Any, args: tuple[Any, ...]) -> bool:

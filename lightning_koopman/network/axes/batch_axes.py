@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_koopman.network.operators import DISTANCES, PRODUCTS, PUTS, Operator
 from lightning_koopman.network.tensors import address_of, all_tensors, is_all_of_memory
 
 _PICKS = frozenset({"flip", "gather", "index_select", "roll", "sort", "topk"})
-_PUTS = frozenset({"index_add", "index_copy", "index_put", "scatter", "scatter_add", "scatter_reduce"})
-PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_sparse_mm": 0, "_sparse_addmm": 1}
-"""Where products of matrices have the left one."""
-
-_PAIRS = frozenset({"_cdist_forward", "_euclidean_dist"})
 
 
 class Place(NamedTuple):
@@ -88,7 +83,7 @@ class BatchAxes:
             return None
         return place.axis == axis
 
-    def follow(self, func: Any, args: Sequence[Any], reads: Sequence[Tensor], out: Any) -> None:
+    def follow(self, op: Operator, args: Sequence[Any], reads: Sequence[Tensor], out: Any) -> None:
         """Pass on what is known from what an operator read to what it wrote."""
         if not self._steps:
             return
@@ -97,14 +92,14 @@ class BatchAxes:
             for read in reads
             if (steps := self._steps.get(address_of(read))) and not read.is_nested
         ]
-        is_mutable, addresses = func._schema.is_mutable, {address_of(read) for read in reads}
-        if not known and not is_mutable:
+        addresses = {address_of(read) for read in reads}
+        if not known and not op.written:
             return
         rule: _Rule | None = None
         for tensor in [out] if isinstance(out, Tensor) else all_tensors(out):
             address = address_of(tensor)
-            if address and not tensor.is_nested and (is_mutable or address not in addresses):
-                rule = rule or _Rule(func, args, self._sizes)
+            if address and not tensor.is_nested and (op.written or address not in addresses):
+                rule = rule or _Rule(op, args, self._sizes)
                 steps = {}
                 for which in self._sizes if self.is_square else (0,):
                     found = set[int]()
@@ -115,7 +110,7 @@ class BatchAxes:
                             found.add(_step(tensor, Place(axis, place.inner)))
                     if len(found) == 1:
                         steps[which] = found.pop()
-                self._set(tensor, steps, is_part=is_mutable and not is_all_of_memory(tensor))
+                self._set(tensor, steps, is_part=bool(op.written) and not is_all_of_memory(tensor))
 
     def _set(self, tensor: Tensor, steps: dict[int, int], *, is_part: bool) -> None:
         address = address_of(tensor)
@@ -131,10 +126,10 @@ class BatchAxes:
 class _Rule:
     """Tells where an operator leaves an axis of what it reads."""
 
-    def __init__(self, func: Any, args: Sequence[Any], sizes: dict[int, int]) -> None:
-        self._name, self._by_entry, place = kind(func)
-        self._args, self._sizes = args, sizes
-        dims = args[place] if place < len(args) else None
+    def __init__(self, op: Operator, args: Sequence[Any], sizes: dict[int, int]) -> None:
+        self._name, self._args, self._sizes = op.name, args, sizes
+        self._by_entry = op.is_pointwise or op.name in ("copy", "repeat")
+        dims = args[op.dims] if op.dims < len(args) else None
         self._dims: Sequence[int] = [dims] if isinstance(dims, int) else dims or ()
 
     def axis(self, read: Tensor, place: Place, which: int, out: Tensor) -> int | None:
@@ -151,7 +146,7 @@ class _Rule:
                 summed = read.ndim - (1 if read is left else 2)
                 return None if axis == summed else axis
             return axis + more
-        if self._by_entry or name == "repeat":
+        if self._by_entry:
             alike = out.shape[axis + more] == read.shape[axis]
             return axis + more if alike or name == "repeat" else None
         if name == "stack":
@@ -167,14 +162,14 @@ class _Rule:
         if "_dot_product_" in name and not (read is args[0] or axis < read.ndim - 2):
             # Keys and values are summed over.
             return None
-        if name in _PAIRS or (name == "linear" and axis == read.ndim - 1):
+        if name in DISTANCES or (name == "linear" and axis == read.ndim - 1):
             return None
         dims = {dim % read.ndim for dim in self._dims} if name != "cat" else set[int]()
         if name in _PICKS and axis in dims and not self._is_pure(read, place, which):
             return None
         if not more:
             alike = out.shape[axis] == read.shape[axis]
-            return axis if alike or name == "cat" or name in _PICKS or name in _PUTS else None
+            return axis if alike or name == "cat" or name in _PICKS or name in PUTS else None
         if more == -len(dims) and axis not in dims:
             return axis - sum(dim < axis for dim in dims)
         return None
@@ -198,16 +193,6 @@ class _Rule:
         if axis >= start + taken:
             return axis - taken + given_back
         return start if taken == given_back == 1 and self._is_pure(read, place, which) else None
-
-
-@functools.lru_cache(maxsize=1024)
-def kind(func: Any) -> tuple[str, bool, int]:
-    """Return an operator's name, whether it goes by entries, and where it is told of axes."""
-    name = func._schema.name.rpartition("::")[2].removesuffix("_")
-    name = "index_put" if "index_put" in name else name
-    places = (i for i, each in enumerate(func._schema.arguments) if each.name in ("dim", "dims"))
-    by_entry = torch.Tag.pointwise in func.tags or name == "copy"
-    return name, by_entry, next(places, len(func._schema.arguments))
 
 
 def _step(tensor: Tensor, place: Place) -> int:

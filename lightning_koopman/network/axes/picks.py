@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -10,21 +9,29 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_koopman.network.axes.batch_axes import PRODUCTS, kind
 from lightning_koopman.network.axes.recorded import NO_PICKS, Pick, Picks, Recorded
 from lightning_koopman.network.axes.rows import RowForm, by_sample, last_valid, n_positions
+from lightning_koopman.network.operators import (
+    BATCH_NORMS,
+    BY_VALUE,
+    LAST_AXES_NORMS,
+    LOOK_UPS,
+    PRODUCTS,
+    VIEWS,
+    Operator,
+)
 from lightning_koopman.network.tensors import address_of, all_tensors, is_all_of_memory, view_of_memory
 
-# These leave all entries in place, and not every torch says so of them.
-_IN_PLACE = frozenset({
-    *("clone", "_to_copy", "detach", "alias", "unsqueeze", "squeeze", "expand", "stack", "masked_fill"),
-    *("leaky_relu", "elu", "hardtanh", "hardswish", "_prelu_kernel", "log_sigmoid_forward"),
-    *("native_dropout", "native_batch_norm", "cudnn_batch_norm"),
-    *("_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
-})
+# These leave all entries in place.
+_IN_PLACE = (
+    BY_VALUE
+    | BATCH_NORMS
+    | {
+        *("copy", "detach", "alias", "unsqueeze", "squeeze", "expand", "stack"),
+        *("native_dropout", "cudnn_batch_norm"),
+    }
+)
 _TURN = frozenset({"transpose", "permute", "t", "numpy_T"})
-_RESHAPE = frozenset({"view", "_unsafe_view", "_reshape_alias"})
-_OF_LAST_AXES = frozenset({"native_layer_norm", "_fused_rms_norm"})
 
 
 OfBatch = Callable[[Tensor, int], tuple[bool | None, ...]]
@@ -55,43 +62,41 @@ class PickedPositions:
 
     def follow(
         self,
-        func: Any,
+        op: Operator,
         args: Sequence[Any],
         reads: Sequence[Tensor],
         known: Sequence[frozenset[str]],
         out: Any,
     ) -> None:
         """Pass on what was picked from what an operator read, of ``known`` labels, to what it wrote."""
-        name = func._schema.name.rpartition("::")[2]
-        plain = name.removesuffix("_")
         places = {address_of(tensor) for tensor in reads}
 
         def written() -> Iterator[tuple[int, Tensor, bool]]:
             for tensor in all_tensors(out):
                 if (address := address_of(tensor)) and not tensor.is_nested:
-                    is_part = address in places if plain == name else not is_all_of_memory(tensor)
+                    is_part = not is_all_of_memory(tensor) if op.is_in_place else address in places
                     yield address, tensor, is_part
 
         # A part that is written to is where it was in its memory.
-        parts = {(at, view_of_memory(t)) for at, t, is_part in written() if is_part and plain != name}
+        parts = {(at, view_of_memory(t)) for at, t, is_part in written() if is_part and op.is_in_place}
         before = self._moved_before(reads, known, but=parts)
         pairs = zip(reads, known, strict=True)
         data = [(tensor, labels) for tensor, labels in pairs if labels and not tensor.is_nested]
         shapes = [tensor.shape for tensor in all_tensors(out) if not tensor.is_nested]
         moved = before
         if data and shapes:
-            rule = _Moving(func, args, [tensor for tensor, _ in data], shapes[0], self._of_batch)
+            rule = _Moving(op, args, [tensor for tensor, _ in data], shapes[0], self._of_batch)
             moved |= {(label, size) for t, labels in data for size in rule.sizes(t) for label in labels}
         for address, tensor, is_part in written():
             if not (moved or address in self._moved):
                 continue
             of = self._moved.get(address, {}) if is_part else {}
-            if is_part and plain != name:
+            if is_part and op.is_in_place:
                 # Whoever views what was written to finds it there.
                 of = {view: moves | moved for view, moves in {None: _NO_MOVES, **of}.items()}
             self._moved[address] = {**of, view_of_memory(tensor) if is_part else None: moved}
             self._keep(tensor)
-        pick = _picked(plain, args, out)
+        pick = _picked(op.name, args, out)
         if pick is None and not self._of:
             return
         told: Picks
@@ -104,7 +109,7 @@ class PickedPositions:
         for address, tensor, is_part in written():
             if told or address in self._of:
                 picks = self._of.get(address, {}) if is_part else {}
-                if is_part and plain != name:
+                if is_part and op.is_in_place:
                     picks = {view: _agreeing(each, told, known) for view, each in picks.items()}
                 self._of[address] = {**picks, view_of_memory(tensor) if is_part else None: told}
                 self._keep(tensor)
@@ -158,16 +163,16 @@ class _Moving:
 
     def __init__(
         self,
-        func: Any,
+        op: Operator,
         args: Sequence[Any],
         data: Sequence[Tensor],
         out: Sequence[int],
         of_batch: OfBatch,
     ) -> None:
         self._of_batch = of_batch
-        self._name, self._is_in_place, place, default = _rule_of(func)
+        self._name, self._is_in_place = op.name, op.is_pointwise or op.name in _IN_PLACE
         self._args, self._data, self._out = args, data, tuple(out)
-        dims = args[place] if place < len(args) else default
+        dims = args[op.dims] if op.dims < len(args) else op.usual_dims
         self._dims: Sequence[int] = [dims] if isinstance(dims, int) else dims or ()
 
     def sizes(self, read: Tensor) -> Sequence[int]:
@@ -179,11 +184,11 @@ class _Moving:
             # Afterwards nobody tells axes of one size apart, but for those of the batch.
             untold = [size for k, size in enumerate(shape) if True not in self._of_batch(read, k)]
             return [size for size in untold if untold.count(size) > 1]
-        if name in _RESHAPE:
+        if name in VIEWS:
             return _cut(shape, out)
         if name in PRODUCTS or name == "linear":
             return self._multiplied(read)
-        if name in _OF_LAST_AXES:
+        if name in LAST_AXES_NORMS:
             return shape[-len(self._args[1]) :]
         if name == "index" and read is self._args[0]:
             indices = zip(shape, self._args[1], strict=False)
@@ -218,15 +223,6 @@ def _cut(shape: Sequence[int], out: Sequence[int]) -> Sequence[int]:
     return cut
 
 
-@functools.lru_cache(maxsize=1024)
-def _rule_of(func: Any) -> tuple[str, bool, int, Any]:
-    """Return an operator's name, whether entries stay in place, where it is told of axes, or else."""
-    name, by_entry, place = kind(func)
-    arguments = func._schema.arguments
-    default = arguments[place].default_value if place < len(arguments) else None
-    return name, by_entry or name in _IN_PLACE, place, default
-
-
 def _picked(name: str, args: Sequence[Any], out: Any) -> Pick | None:
     """Return which position an operator picks of its first argument, if it does."""
     source = args[0] if args else None
@@ -253,7 +249,7 @@ def _picked(name: str, args: Sequence[Any], out: Any) -> Pick | None:
     if size < 2 or not places:
         return None
     places = [place % size for place in places]
-    first, is_told = places[0], name in ("index", "index_select", "gather")
+    first, is_told = places[0], name in LOOK_UPS
     if any(place != first for place in places) or (is_told and first not in (0, size - 1)):
         return Pick(axis % 3, size, True, True, tuple(places))
     return Pick(axis % 3, size, first > 0, is_told) if first in (0, size - 1) else None

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_koopman.network.operators import COPIES, PRODUCTS, PUTS, Operator
 from lightning_koopman.network.tensors import (
     address_of,
     all_tensors,
@@ -69,15 +70,9 @@ _MET = -1
 """In place of a number of rows: those that axes were merged into, and of which several then met."""
 
 _SLICES = frozenset({"slice", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"})
-_PUTS = frozenset({
-    *("index_put", "_index_put_impl", "index_copy", "index_add", "index_reduce"),
-    *("scatter", "scatter_add", "scatter_reduce"),
-})
-_PUTS_AT = ("index_put", "index_put_impl")
-_ADDS = ("index_add", "index_reduce", "scatter_add", "scatter_reduce")
-_COPIES = frozenset({"clone", "copy", "_to_copy"})
-_PRODUCTS = {"mm": 1, "addmm": 2, "_sparse_mm": 1, "_sparse_addmm": 2}
-"""Where products of matrices have the one of which rows are added up."""
+_ADDS = frozenset({"index_add", "index_reduce", "scatter_add", "scatter_reduce"})
+_PUTS = PUTS | _ADDS
+_COPIES = COPIES | {"copy"}
 
 
 class RowOrders:
@@ -136,19 +131,18 @@ class RowOrders:
             self._of[address_of(tensor)] = {None: {s: orders[s] for s in orders.keys() - {*drawn}}}
 
     def follow(
-        self, name: str, args: Sequence[Any], reads: Sequence[Tensor], out: Any
+        self, op: Operator, args: Sequence[Any], reads: Sequence[Tensor], out: Any
     ) -> Sequence[Tensor]:
         """Pass orders on from what an operator read to what it wrote.
 
         Returned are indices that put all rows in another order: nothing is made of their values. What
         takes some rows may treat these otherwise than others.
         """
-        plain = name.removesuffix("_")
         self._indices: list[Tensor] = []
         self.is_whole_again = False
         if any(tensor.is_nested or not address_of(tensor) for tensor in reads):
             return ()
-        found = self._changed(plain, args, out)
+        found = self._changed(op.name, args, out)
         if found is None:
             if not self._of:
                 return ()
@@ -156,36 +150,31 @@ class RowOrders:
             found = [(tensor, joined) for tensor in all_tensors(out)]
         places = {address_of(tensor) for tensor in reads}
         for tensor, orders in found:
-            written = plain != name or address_of(tensor) not in places
+            written = op.is_in_place or address_of(tensor) not in places
             self._set(tensor, orders, is_view=not written)
         return self._indices
 
-    def follow_met(
-        self, name: str, args: Sequence[Any], reads: Sequence[Tensor], out: Any, *, by_entry: bool
-    ) -> None:
-        """Remember where rows meet that axes were merged into, as positions of a sample do.
-
-        ``by_entry`` says that each entry is made of those in the same place.
-        """
+    def follow_met(self, op: Operator, args: Sequence[Any], reads: Sequence[Tensor], out: Any) -> None:
+        """Remember where rows meet that axes were merged into, as positions of a sample do."""
         if any(tensor.is_nested for tensor in reads):
             return
-        plain, places = name.removesuffix("_"), {address_of(tensor) for tensor in reads}
+        places = {address_of(tensor) for tensor in reads}
         made = [t for t in all_tensors(out) if address_of(t)]
-        if plain == name:
+        if not op.is_in_place:
             made = [t for t in made if address_of(t) not in places]
         if not made:
             return
         met = frozenset[int]().union(*(self._met.get(place, ()) for place in places))
-        for tensor in reads if plain not in _COPIES else ():
+        for tensor in reads if op.name not in _COPIES else ():
             split = {size for size in self._known_merges(tensor) if self._is_split(tensor, size)}
-            if split and by_entry and made[0].numel() == tensor.numel():
+            if split and op.is_pointwise and made[0].numel() == tensor.numel():
                 same = (other for other in reads if address_of(other) == address_of(tensor))
                 if all(view_of_memory(other) == view_of_memory(tensor) for other in same):
                     continue
             met |= split
-        source = self._added_up(plain, args)
-        if source is not None and plain in _PUTS and (merges := self._merges(source)):
-            met |= set() if self._goes_back(plain, args) else {*merges}
+        source = self._added_up(op.name, args)
+        if source is not None and op.name in _PUTS and (merges := self._merges(source)):
+            met |= set() if self._goes_back(op.name, args) else {*merges}
         elif source is not None and source.ndim:
             met |= {len(source)} & self._known_merges(source)
         for tensor in made:
@@ -196,11 +185,12 @@ class RowOrders:
     def _added_up(self, name: str, args: Sequence[Any]) -> Tensor | None:
         """Return what an operator adds up rows of, or takes some of more than once, if it does."""
         found: Any = None
-        if name in _PRODUCTS:
-            found = args[_PRODUCTS[name]]
+        if name in PRODUCTS:
+            right = args[PRODUCTS[name] + 1]
+            found = right if right.ndim == 2 else None
         elif name in _ADDS:
             found = args[3]
-        elif name.endswith(_PUTS_AT):
+        elif name == "index_put":
             found = args[2] if _argument(args, 3, False) else None
         elif name == "index_select" or (name == "index" and len(all_tensors(args[1])) == 1):
             by_name = name == "index_select"
@@ -212,7 +202,7 @@ class RowOrders:
 
     def _goes_back(self, name: str, args: Sequence[Any]) -> bool:
         """Check whether rows are put where they were taken from, as those of experts are."""
-        target, index, source = args[0], *args[1 if name.endswith(_PUTS_AT) else 2 :][:2]
+        target, index, source = args[0], *args[1 if name == "index_put" else 2 :][:2]
         indices = all_tensors(index)
         places = _rows_of_index(indices[0], 0) if len(indices) == 1 else None
         if places is None or not source.ndim or len(places) != len(source):
@@ -447,10 +437,10 @@ class RowOrders:
 
     def _put(self, name: str, args: Sequence[Any], out: Any) -> list[tuple[Tensor, Orders]] | None:
         """Return the orders of what rows were put into."""
-        target, source = args[0], args[2 if name.endswith(_PUTS_AT) else 3]
+        target, source = args[0], args[2 if name == "index_put" else 3]
         if not isinstance(source, Tensor):
             return None
-        if name.endswith(_PUTS_AT):
+        if name == "index_put":
             indices, adds = all_tensors(args[1]), bool(_argument(args, 3, False))
             found = self._index_of(target, args[1], source) if len(indices) == 1 else None
             axis, places = (None, None) if found is None else found

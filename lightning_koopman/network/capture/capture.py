@@ -447,13 +447,13 @@ class Capture:
             self._pass.count(module)
 
     def _on_table_input(self, module: nn.Module, given: Any) -> None:
-        self._looking_up.append(self._provenance.lookups)
+        self._looking_up.append(self._provenance.flow.lookups)
         if self.is_first:
             self._stages.take(module, given)
 
     def _on_table_output(self, name: str, module: nn.Module, given: Any, output: Any) -> None:
         """Let a module that looks up entries of its own, as states choose them, be a component."""
-        looks_up = self._provenance.lookups > (self._looking_up.pop() if self._looking_up else 0)
+        looks_up = self._provenance.flow.lookups > (self._looking_up.pop() if self._looking_up else 0)
         if looks_up and self._looking_up:
             # What it is part of speaks for it.
             return

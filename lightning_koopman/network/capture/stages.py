@@ -77,7 +77,7 @@ class Stages:
 
     def give(self, tensor: Tensor, name: str, call: Call) -> None:
         """Note what a call gave as a state, which the next one may continue."""
-        self._gave[id(tensor)] = Gave(ref(tensor), name, call, self._provenance.writes(tensor))
+        self._gave[id(tensor)] = Gave(ref(tensor), name, call, self._provenance.flow.writes(tensor))
 
     def find(self, given: Any) -> Gave | None:
         """Find the state whose tensor a module takes first."""
@@ -88,7 +88,11 @@ class Stages:
     def take(self, module: nn.Module, given: Any) -> Gave | None:
         """Remember which state a module takes, if nothing was written to it since it was given."""
         gave, tensor = self.find(given), first_real(given)
-        if gave is not None and tensor is not None and self._provenance.writes(tensor) == gave.writes:
+        if (
+            gave is not None
+            and tensor is not None
+            and self._provenance.flow.writes(tensor) == gave.writes
+        ):
             self._taken[id(module)] = gave
         return self._taken.get(id(module))
 

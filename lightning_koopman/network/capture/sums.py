@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from lightning_koopman.network.capture.chosen import Chosen
 from lightning_koopman.network.capture.kept_states import KeptStates
 from lightning_koopman.network.capture.stages import Stages
 from lightning_koopman.network.names import is_sum, numbered, sum_name
+from lightning_koopman.network.operators import COPIES, Operator
 from lightning_koopman.network.tensors import (
     all_tensors,
     is_all_of_memory,
@@ -25,10 +25,10 @@ from lightning_koopman.network.tensors import (
 )
 
 # These make room or copies, which passes differ in as samples lie otherwise in memory, and nothing new.
-_SAME_VALUES = frozenset({
-    *("clone", "_to_copy", "copy_", "contiguous", "lift_fresh", "_unsafe_view", "_reshape_alias"),
+_SAME_VALUES = COPIES | {
+    *("copy_", "contiguous", "lift_fresh", "_unsafe_view", "_reshape_alias"),
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
-})
+}
 
 
 class Takers(Watcher):
@@ -102,22 +102,14 @@ class Takers(Watcher):
             self.names |= {name} if known else set()
 
     @kept_out_of_the_pass()
-    def precede(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+    def precede(self, op: Operator, args: tuple[Any, ...], kwargs: Any) -> None:
         """Tell the operator that is about to run from others, and show what it takes if it was noted."""
         if self.is_ours or self._running:
             return
-        name, is_new = _kind(func)
-        if is_new:
-            self._computed = hash((self._computed, name))
-        for what in self.look(name, self._computed):
+        if not (op.is_view or op.full_name in _SAME_VALUES):
+            self._computed = hash((self._computed, op.full_name))
+        for what in self.look(op.full_name, self._computed):
             self._on_found(what, list(flat((*args, *kwargs.values()))))
-
-
-@functools.lru_cache(maxsize=4096)
-def _kind(func: Any) -> tuple[str, bool]:
-    """Return an operator's name, and whether it computes anything."""
-    name = func._schema.name.rpartition("::")[2]
-    return name, not (func.is_view or name in _SAME_VALUES)
 
 
 class _Sum(NamedTuple):
@@ -219,7 +211,7 @@ class Sums:
         if not parts or not self._is_sum(name, tensor, made_of):
             return
         # Rows are made as those of what was added up.
-        whole = self._provenance.as_added(tensor)
+        whole = self._provenance.flow.as_added(tensor)
         like = next((part for part in parts if part.tensor.shape == whole.shape), None)
         if like is None:
             like = next((part for part in parts if part.tensor.numel() == tensor.numel()), None)

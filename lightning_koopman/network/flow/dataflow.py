@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Sequence, Set
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,10 +13,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from lightning_koopman.network.access.watch import Watcher, flat, kept_out_of_the_pass
 from lightning_koopman.network.axes.batch_axes import BatchAxes, Place
 from lightning_koopman.network.axes.input_data import has_positions
+from lightning_koopman.network.axes.merged import MergedAxes
+from lightning_koopman.network.axes.pairs import PairedRows
 from lightning_koopman.network.axes.picks import PickedPositions
 from lightning_koopman.network.axes.recorded import NO_PICKS, Picks
 from lightning_koopman.network.axes.row_order import NO_ORDERS, Orders, RowOrders
+from lightning_koopman.network.flow.labelled_sums import LabelledSums, OnSum
 from lightning_koopman.network.flow.shared_memory import LabelsByView
+from lightning_koopman.network.operators import (
+    LOOK_UPS,
+    SHAPE_ONLY,
+    Operator,
+)
 from lightning_koopman.network.tensors import (
     address_of,
     all_tensors,
@@ -26,43 +32,13 @@ from lightning_koopman.network.tensors import (
     has_places,
     is_all_of_memory,
     is_underived,
-    view_of_memory,
 )
-
-# These read a tensor's shape, never its values.
-_SHAPE_ONLY = frozenset({
-    *(f"{kind}_like" for kind in ("zeros", "ones", "empty", "full", "rand", "randn", "randint")),
-    *(f"new_{kind}" for kind in ("zeros", "ones", "empty", "full", "empty_strided")),
-})
 
 # These make coordinates, of nothing. What others make so may be written to by code that nobody sees.
 _COORDINATES = frozenset({"arange", "linspace", "logspace", "eye", "tril_indices", "triu_indices"})
 
 # These read entries of their first argument at places that another one holds.
-_LOOK_UP = frozenset({"embedding", "index", "index_select", "gather", "take"})
-
-# These go on with one tensor, value by value or nearly so, and not every torch says so of them.
-_GO_ON = frozenset({
-    *("leaky_relu", "elu", "hardtanh", "hardswish", "_prelu_kernel", "log_sigmoid_forward"),
-    *("clone", "_to_copy", "index_put", "_index_put_impl", "masked_fill"),
-    *("native_layer_norm", "native_group_norm", "_fused_rms_norm"),
-    *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
-})
-
-# These may weigh or shift what they read by numbers, and no more.
-_BY_NUMBERS = frozenset({"add", "sub", "rsub", "mul", "div", "neg", "clone", "_to_copy"})
-
-# These add up, weigh or shut out what they read, so that a sum may go on behind them.
-_LINEAR = _BY_NUMBERS | {"masked_fill", "where", "index_put", "_index_put_impl"}
-
-# These view a part of a tensor, which what is done to it then goes on from.
-_CUT = frozenset({"select", "slice", "split", "split_with_sizes", "unbind"})
-
-# These put what they read beside something else.
-_BESIDE = frozenset({"cat", "stack", "copy", "index_put", "_index_put_impl"})
-
-# These add up two tensors, of which they read the first as it is.
-_ADD = frozenset({"add", "sub", "rsub", "lerp", "addcmul", "addcdiv"})
+_LOOK_UP = LOOK_UPS | {"embedding", "take"}
 
 # These may drop at random, and are marked so, but do not where a network is evaluated.
 _MAY_DROP = ("_scaled_dot_product", "_flash_attention", "_efficient_attention", "_cudnn_rnn", "rrelu")
@@ -76,17 +52,8 @@ ORIGINS = frozenset({OWN, CHANCE, UNKNOWN})
 
 _NOTHING: frozenset[str] = frozenset()
 
-OnSum = Callable[[Tensor, str, int, bool], None]
-"""Takes a sum, the operator that takes it, its place among the tensors that this reads, and whether the
-operator may give what counts as a sum itself, or holds it."""
-
-
-class _OfFunctions:
-    """Stands for operators that take functions, of which no schema tells anything."""
-
-    _schema = SimpleNamespace(name="of_functions", is_mutable=False, arguments=())
-    tags = ()
-    is_view = False
+_OF_FUNCTIONS = Operator("of_functions", "of_functions")
+"""Stands for operators that take functions, of which torch tells nothing."""
 
 
 class DataFlow(Watcher):
@@ -134,22 +101,17 @@ class DataFlow(Watcher):
         self._origins, self._on_mix, self._on_sum = origins, on_mix, on_sum
         self._labels: dict[int, frozenset[str]] = {}
         self._parts: dict[int, LabelsByView] = {}
-        self._merged: dict[int, dict[int, tuple[int, ...]]] = {}
         self._written: dict[int, LabelsByView] = {}
         self._writes = map(str, itertools.count())
-        self._paired: dict[int, frozenset[int]] = {}
         # A weak reference keeps a storage's address from being given to another one.
         self._alive: dict[int, Any] = {}
         # Memory that held one value all over before an operator wrote to it.
         self._blank: set[int] = set()
-        # Memory that holds a sum of what labels stand for, or what became of one alone, by its address;
-        # of one number where it is the same sum, but for numbers that it was weighed or shifted by.
-        self._sums: dict[int, int] = {}
-        # How such a sum viewed its memory as it was added up.
-        self._views: dict[int, tuple[Any, ...]] = {}
-        self._numbers = itertools.count()
         self._axes = BatchAxes(self._keep_address)
         self._positions: dict[int, BatchAxes] = {}
+        self._merged = MergedAxes(self._keep_address)
+        self._paired = PairedRows(self._keep_address)
+        self._sums = LabelledSums(self._keep_address)
         self._picks = PickedPositions(self._of_batch, self._keep_address)
         # By which axis of the batch is taken for that of the samples.
         self._rows = [self._rows_along(0)]
@@ -166,7 +128,7 @@ class DataFlow(Watcher):
         def is_along(tensor: Tensor, axis: int) -> bool | None:
             return self._axes.is_along(tensor, axis, which)
 
-        return RowOrders(self._is_data, self._is_own, self._merges, is_along, self._keep_address)
+        return RowOrders(self._is_data, self._is_own, self._merged.of, is_along, self._keep_address)
 
     @kept_out_of_the_pass()
     def begin_axes(self, tensors: Iterable[Tensor]) -> None:
@@ -215,17 +177,14 @@ class DataFlow(Watcher):
         """Read the labels of all tensors in a value."""
         return _NOTHING.union(*(self._get(tensor) for tensor in all_tensors(value)))
 
+    @kept_out_of_the_pass()
     def merged(self, tensor: Tensor) -> tuple[int, ...] | None:
         """Read which axes were merged into a tensor's first one, outermost first.
 
         They are empty where merges of several kinds met, and ``None`` where none was seen.
         """
-        if self.error is not None or tensor.is_nested or not tensor.ndim:
-            return None
-        return self._merges(tensor).get(tensor.shape[0])
-
-    def _merges(self, tensor: Tensor) -> dict[int, tuple[int, ...]]:
-        return self._merged.get(address_of(tensor), {})
+        has_first = tensor.ndim and not tensor.is_nested
+        return self._merged.of(tensor).get(tensor.shape[0]) if has_first else None
 
     @kept_out_of_the_pass(NO_ORDERS)
     def orders(self, tensor: Tensor, which: int = 0) -> Orders:
@@ -248,7 +207,7 @@ class DataFlow(Watcher):
 
     def pairs(self, tensor: Tensor) -> bool:
         """Check whether each of a tensor's rows met all of as many others in what it was made of."""
-        return len(tensor) in self._paired.get(address_of(tensor), ())
+        return len(tensor) in self._paired.of(tensor)
 
     @kept_out_of_the_pass()
     def sum_in(self, tensor: Tensor) -> int | None:
@@ -256,24 +215,18 @@ class DataFlow(Watcher):
 
         It is the same one where numbers alone weigh or shift it.
         """
-        return self._sums.get(address_of(tensor)) if is_all_of_memory(tensor) else None
+        return self._sums.number(tensor)
 
     def as_added(self, tensor: Tensor) -> Tensor:
         """Return a sum with its axes in the order that they had when it was added up."""
-        view = self._views.get(address_of(tensor))
-        if view is None or view == view_of_memory(tensor):
-            return tensor
-        place, shape, strides = view
-        whole = tensor.as_strided(shape, strides, place)
-        return tensor if whole.is_contiguous() and tensor.is_contiguous() else whole
+        return self._sums.as_added(tensor)
 
     @kept_out_of_the_pass()
     def label_sum(self, tensor: Tensor, name: str) -> None:
         """Replace the labels of a sum, and of what is the same but for numbers, by one."""
         self.label(tensor, name)
-        number = self.sum_in(tensor)
-        for address, other in self._sums.items():
-            if other == number and address not in self._parts:
+        for address in self._sums.alike(tensor):
+            if address not in self._parts:
                 self._labels[address] = frozenset({name})
 
     def _is_data(self, tensor: Tensor) -> bool:
@@ -283,195 +236,91 @@ class DataFlow(Watcher):
         return self._get(tensor) == {OWN}
 
     @kept_out_of_the_pass()
-    def precede(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+    def precede(self, op: Operator, args: tuple[Any, ...], kwargs: Any) -> None:
         """Note what a tensor holds before an operator writes to it, or goes on with it."""
-        if self._on_sum is not None and self._sums:
-            self._show_sums(self._on_sum, func, args, kwargs)
-        written = flat((*args, *kwargs.values())) if self._origins and func._schema.is_mutable else ()
+        if self._on_sum is not None:
+            self._sums.show(self._on_sum, op, args, kwargs)
+        written = flat((*args, *kwargs.values())) if self._origins and op.written else ()
         self._blank = {address_of(t) for t in written if not self._get(t) and _is_one_value(t)}
-
-    @kept_out_of_the_pass()
-    def follow(self, func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
-        """Pass labels on from what an operator read to what it wrote."""
-        name, given = func._schema.name.rpartition("::")[2], flat((*args, *kwargs.values()))
-        lost = _overwritten(name, args, kwargs) if func._schema.is_mutable else ()
-        kept = [(t, i in lost) for i, t in enumerate(given) if i not in lost or not is_all_of_memory(t)]
-        reads = [tensor for tensor, _ in kept]
-        # What a part holds is lost as well, but not what is told of all its memory.
-        over = {place for place, (_, is_lost) in enumerate(kept) if is_lost}
-        known = [] if name in _SHAPE_ONLY else self._known(func, kept, out)
-        if known:
-            for followed in (self._axes, *self._positions.values()):
-                followed.follow(func, args, reads, out)
-        if self._origins and known:
-            self._picks.follow(func, args, reads, [of - ORIGINS for of in known], out)
-            for rows in self._rows if self._merged else ():
-                rows.follow_met(name, args, reads, out, by_entry=torch.Tag.pointwise in func.tags)
-            sorts, *_ = [rows.follow(name, args, reads, out) for rows in self._rows]
-            if sorts:
-                reads, known = _without_sorts(reads, known, sorts)
-                over = set()
-        if self._origins and name in _LOOK_UP and len(known) > 1:
-            self.lookups += _is_lookup(reads, known)
-        ends = set[int]()
-        if self._on_mix is not None and len(known) > 1:
-            ends = self._on_mix(reads, known, name)
-        ends |= over
-        labels = _NOTHING.union(*(of for i, of in enumerate(known) if i not in ends))
-        if self._origins:
-            if torch.Tag.nondeterministic_seeded in func.tags and not _is_off(name, args):
-                labels |= {CHANCE}
-            elif name in _COORDINATES:
-                labels |= {OWN}
-            unlabelled = (reads[i] for i, of in enumerate(known) if not of and i not in ends)
-            if not all(address_of(t) in self._blank or _is_one_value(t) for t in unlabelled):
-                labels |= {UNKNOWN}
-        if self._origins:
-            # A mask says which entries count, and is nothing that is added up.
-            own = [_NOTHING if i in ends else of - ORIGINS for i, of in enumerate(known)]
-            self._note_sum(name, func, args, reads, own, out)
-        if func._schema.is_mutable:
-            self._label_written(func, args, kwargs, labels)
-        places = {address_of(tensor) for tensor in reads}
-        if name not in _SHAPE_ONLY:
-            self.read |= places - {0}
-        # A view keeps the labels of what it views.
-        made = [tensor for tensor in flat([out]) if address_of(tensor) not in places]
-        for tensor in made:
-            self._set(tensor, labels)
-        if self._origins and known and (sizes := self._paired_by(name, reads, known, out)):
-            for tensor in flat([out]):
-                if address := address_of(tensor):
-                    self._paired[address] = sizes
-                    self._keep_address(tensor, address)
-        self._follow_merges(name, args, reads, out, flat([out]) if func._schema.is_mutable else made)
-
-    def _label_written(
-        self, func: Any, args: tuple[Any, ...], kwargs: Any, labels: frozenset[str]
-    ) -> None:
-        """Let what an operator wrote in place have labels."""
-        named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-        for argument in func._schema.arguments:
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                for tensor in flat([named.get(argument.name)]):
-                    self._set_part(tensor, labels)
-                    # What is viewed otherwise from now on holds the same values.
-                    if torch.Tag.inplace_view not in func.tags:
-                        self._note_write(tensor)
-
-    def _follow_merges(
-        self,
-        name: str,
-        args: tuple[Any, ...],
-        reads: Sequence[Tensor],
-        out: Any,
-        written: Iterable[Tensor],
-    ) -> None:
-        """Pass on which axes were merged, to all that an operator has written."""
-        merged = {} if name in _SHAPE_ONLY else self._merges_of(reads)
-        if merged and _picks_rows(name, args) and isinstance(out, Tensor) and out.ndim:
-            merged[out.shape[0]] = ()
-        for tensor in written:
-            self._set_merged(tensor, merged)
-        # Parts of one tensor are put together to no more than it was.
-        grows = isinstance(out, Tensor) and not self._rows[0].is_whole_again
-        if grows and (axes := _merged_axes(name, args, out)):
-            # What was read may be merged itself.
-            place = 1 if axes[0] < 0 else 0
-            whole = (
-                *axes[:place],
-                *(merged.get(axes[place]) or axes[place : place + 1]),
-                *axes[place + 1 :],
-            )
-            self._set_merged(out, {**merged, out.shape[0]: whole})
 
     def follow_functions(self, given: Any, out: Any) -> None:
         """Pass on what labels no operator within passed on."""
         known = [tensor for tensor in flat([out]) if not self.labels(tensor)]
-        self.follow(_OfFunctions, (), dict(enumerate(flat(given))), known)
+        self.follow(_OF_FUNCTIONS, (), dict(enumerate(flat(given))), known)
 
-    def _show_sums(self, show: OnSum, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
-        """Show sums that an operator goes on with otherwise than to add or to weigh them."""
-        name = func._schema.name.rpartition("::")[2].rstrip("_")
-        # What is copied to memory of another order is no longer laid out as what was added up.
-        turns = kwargs.get("memory_format") not in (None, torch.preserve_format)
-        is_view = func.is_view and (name not in _CUT or _leaves_all(name, args))
-        is_kept = name in _LINEAR or name in _SHAPE_ONLY or is_view
-        if is_kept and not turns:
-            return
-        goes_on = torch.Tag.pointwise in func.tags or name in _GO_ON | _BESIDE
-        for place, tensor in enumerate(flat((*args, *kwargs.values()))):
-            if self.sum_in(tensor) is not None and not (is_kept and self.as_added(tensor) is tensor):
-                show(tensor, name, place, goes_on)
+    @kept_out_of_the_pass()
+    def follow(self, op: Operator, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
+        """Pass labels on from what an operator read to what it wrote."""
+        given = flat((*args, *kwargs.values())) if op.name not in SHAPE_ONLY else ()
+        lost = _overwritten(op, args, kwargs) if op.written else ()
+        kept = [(t, i in lost) for i, t in enumerate(given) if i not in lost or not is_all_of_memory(t)]
+        reads, known = [tensor for tensor, _ in kept], self._known(op, kept, out)
+        # What a part holds is lost as well, but not what is told of all its memory.
+        ends = {place for place, (_, is_lost) in enumerate(kept) if is_lost}
+        for followed in (self._axes, *self._positions.values()) if reads else ():
+            followed.follow(op, args, reads, out)
+        if self._origins and reads:
+            self._picks.follow(op, args, reads, [of - ORIGINS for of in known], out)
+            for rows in self._rows if self._merged else ():
+                rows.follow_met(op, args, reads, out)
+            sorts, *_ = [rows.follow(op, args, reads, out) for rows in self._rows]
+            if sorts:
+                reads, known = _without_sorts(reads, known, sorts)
+                ends = set()
+        if self._on_mix is not None and len(known) > 1:
+            ends |= self._on_mix(reads, known, op.name)
+        labels = _NOTHING.union(*(of for i, of in enumerate(known) if i not in ends))
+        if self._origins:
+            unlabelled = [reads[i] for i, of in enumerate(known) if not of and i not in ends]
+            labels |= self._new_labels(op, args, unlabelled)
+            # A mask says which entries count, and is nothing that is added up.
+            data = [_NOTHING if i in ends else of - ORIGINS for i, of in enumerate(known)]
+            self._sums.follow(op, args, reads, data, out)
+            self._paired.follow(op, reads, known, out, ORIGINS | self.idle)
+            self.lookups += op.name in _LOOK_UP and _is_lookup(reads, known)
+        if op.written:
+            self._label_written(op, args, kwargs, labels)
+        places = {address_of(tensor) for tensor in reads}
+        self.read |= places - {0}
+        # A view keeps the labels of what it views.
+        made = [tensor for tensor in flat([out]) if address_of(tensor) not in places]
+        for tensor in made:
+            self._set(tensor, labels)
+        grows, written = not self._rows[0].is_whole_again, flat([out]) if op.written else made
+        self._merged.follow(op, args, reads, written, out, grows=grows)
 
-    def _note_sum(
-        self,
-        name: str,
-        func: Any,
-        args: tuple[Any, ...],
-        reads: Sequence[Tensor],
-        known: Sequence[frozenset[str]],
-        out: Any,
+    def _new_labels(
+        self, op: Operator, args: tuple[Any, ...], unlabelled: Sequence[Tensor]
+    ) -> frozenset[str]:
+        """Return the labels of what an operator makes of nothing, or of what has no labels."""
+        labels = set[str]()
+        if op.may_draw and not _is_off(op.name, args):
+            labels.add(CHANCE)
+        elif op.name in _COORDINATES:
+            labels.add(OWN)
+        if not all(address_of(t) in self._blank or _is_one_value(t) for t in unlabelled):
+            labels.add(UNKNOWN)
+        return frozenset(labels)
+
+    def _label_written(
+        self, op: Operator, args: tuple[Any, ...], kwargs: Any, labels: frozenset[str]
     ) -> None:
-        """Note whether an operator gave a sum of what labels stand for, or went on with one alone."""
-        plain = name.rstrip("_")
-        data = [(address_of(t), of) for t, of in zip(reads, known, strict=False) if of]
-        # A norm that is written out multiplies a sum by what it made of this one alone.
-        alone = len({of for _, of in data}) == 1
-        goes_on = alone and (torch.Tag.pointwise in func.tags or plain in _GO_ON)
-        before = [self._sums[address] for address, _ in data if address in self._sums]
-        is_sum = goes_on and bool(before)
-        is_same = is_sum and plain in _BY_NUMBERS and all(t.numel() < 2 for t in reads[1:])
-        is_sum |= plain in _ADD and len(data) == 2 and bool(known[0])
-        if name in ("sum", "mean"):
-            # Of what was stacked, or written side by side, along one axis.
-            is_sum = args[0].ndim == out.ndim + 1 and any(len(of) > 1 for _, of in data)
-        for written in flat([out]):
-            if is_sum and is_all_of_memory(written) and (address := address_of(written)):
-                self._sums[address] = before[0] if is_same else next(self._numbers)
-                if has_places(written):
-                    self._views[address] = view_of_memory(written)
-                self._keep_address(written, address)
-                # Of what a norm gives beside, nothing goes on.
-                break
-            if func._schema.is_mutable:
-                self._sums.pop(address_of(written), None)
+        """Let what an operator wrote in place have labels."""
+        written = (args[place] if place < len(args) else kwargs.get(name) for place, name in op.written)
+        for tensor in flat(written):
+            self._set_part(tensor, labels)
+            # What is viewed otherwise from now on holds the same values.
+            if not op.turns_in_place:
+                self._note_write(tensor)
 
-    def _merges_of(self, reads: Iterable[Tensor]) -> dict[int, tuple[int, ...]]:
-        found: dict[int, tuple[int, ...]] = {}
-        for tensor in reads:
-            for size, axes in self._merges(tensor).items():
-                # Rows that were picked say nothing of how those beside them came about.
-                before = found.get(size) or axes
-                found[size] = before if axes in ((), before) else ()
-        return found
-
-    def _paired_by(
-        self, name: str, reads: Sequence[Tensor], known: Sequence[frozenset[str]], out: Any
-    ) -> frozenset[int]:
-        """Return how many rows met each other in what an operator gave, or in what it read."""
-        sizes = frozenset[int]()
-        if self._paired:
-            sizes = sizes.union(*(self._paired.get(address_of(tensor), ()) for tensor in reads))
-        if isinstance(out, Tensor) and _may_hold_pairs(out):
-            own = ORIGINS | self.idle
-            data = [None if of <= own else read for of, read in zip(known, reads, strict=True)]
-            size = _n_paired(name, data, out)
-            sizes = sizes | {size} if size > 1 else sizes
-        return sizes
-
-    def _set_merged(self, tensor: Tensor, merged: dict[int, tuple[int, ...]]) -> None:
-        address = address_of(tensor)
-        if address and (merged or address in self._merged):
-            self._merged[address] = merged
-            self._keep_address(tensor, address)
-
-    def _known(self, func: Any, kept: Sequence[tuple[Tensor, bool]], out: Any) -> list[frozenset[str]]:
+    def _known(
+        self, op: Operator, kept: Sequence[tuple[Tensor, bool]], out: Any
+    ) -> list[frozenset[str]]:
         """Read the labels of what an operator reads, of all the memory where it only writes or views."""
         if not self._parts:
             return [self._get(tensor) for tensor, _ in kept]
         places = {address_of(tensor) for tensor, _ in kept}
-        views = func.is_view and all(address_of(tensor) in places for tensor in flat([out]))
+        views = op.is_view and all(address_of(tensor) in places for tensor in flat([out]))
         return [self._held(t) if views or is_lost else self._get(t) for t, is_lost in kept]
 
     def _held(self, tensor: Tensor) -> frozenset[str]:
@@ -527,15 +376,6 @@ class DataFlow(Watcher):
             self._alive[address] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
-def _leaves_all(name: str, args: tuple[Any, ...]) -> bool:
-    """Check whether a slice is one of everything, as older torch makes of `:` beside other indices."""
-    if name != "slice":
-        return False
-    given: list[Any] = [*args, *(0, None, None, 1)[len(args) - 1 :]]
-    tensor, axis, start, end, step = given
-    return bool(not start and step == 1 and (end is None or end >= tensor.shape[axis]))
-
-
 def _is_one_value(tensor: Tensor) -> bool:
     """Check whether a tensor holds one value all over; a single number is hardly ever data."""
     if tensor.numel() < 2 or torch._is_zerotensor(tensor):
@@ -545,12 +385,9 @@ def _is_one_value(tensor: Tensor) -> bool:
     return may_ask and bool((tensor == tensor[(0,) * tensor.ndim]).all())
 
 
-_OVERWRITE = {"copy_", "fill_", "zero_"}
-
-
-def _overwritten(name: str, args: tuple[Any, ...], kwargs: Any) -> set[int]:
+def _overwritten(op: Operator, args: tuple[Any, ...], kwargs: Any) -> set[int]:
     """Find places of tensors that an operator is given to write over, without reading them."""
-    of_self = name in _OVERWRITE
+    of_self = op.full_name in ("copy_", "fill_", "zero_")
     given = [*((of_self and not i, arg) for i, arg in enumerate(args))]
     given += [(keyword == "out", arg) for keyword, arg in kwargs.items()]
     tensors = [(is_written, tensor) for is_written, arg in given for tensor in flat([arg])]
@@ -580,96 +417,10 @@ def _without_sorts(
 
 def _is_lookup(reads: Sequence[Tensor], known: Sequence[frozenset[str]]) -> bool:
     """Check whether the entries of a table that the network holds are chosen by states."""
+    if len(reads) < 2:
+        return False
     table = reads[0]
     is_table = known[0] == {OWN} and table.is_floating_point() and table.ndim > 1
     # Integers of the batch are tokens, positions or steps in time.
     chosen = (name for labels in known[1:] for name in labels - ORIGINS)
     return is_table and not all(name.startswith(BATCH) for name in chosen)
-
-
-def _picks_rows(name: str, args: tuple[Any, ...]) -> bool:
-    """Check whether an operator takes rows in an order of its own."""
-    if name == "index_select":
-        return args[1] in (0, -args[0].ndim)
-    index = args[1][0] if name == "index" and args[1] else None
-    if index is None:
-        return False
-    # Neighbours that are named for each row are in its place.
-    return bool(index.dtype == torch.bool or index.numel() == max(index.shape, default=1))
-
-
-_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "_cdist_forward", "_euclidean_dist"})
-
-
-def _may_hold_pairs(tensor: Tensor) -> bool:
-    """Check whether a tensor has two axes of one size in front, or behind one of heads."""
-    if tensor.is_nested:
-        return False
-    shape = tensor.shape
-    return len(shape) > 1 and (shape[0] == shape[1] or (len(shape) == 3 and shape[1] == shape[2]))
-
-
-def _n_paired(name: str, reads: Sequence[Tensor | None], out: Tensor) -> int:
-    """Return how many rows of data an operator puts to each of as many others; 0 where it does not.
-
-    It does as it multiplies two tensors of data, combines them along axes of their own, or takes rows
-    apart that were repeated. What it reads is ``None`` where that is no data.
-    """
-    data = [t for t in reads if t is not None and has_places(t)]
-    if name in _PRODUCTS:
-        both = all(read is not None for read in reads[-2:])
-        return out.shape[-1] if both and out.shape[-1] == out.shape[-2] else 0
-    if name in _VIEWS:
-        size = out.shape[0]
-        apart = size == out.shape[1] and any(read.shape[:1] == (size * size,) for read in data)
-        return size if apart else 0
-    for read in data:
-        # Expanded along one of two axes, as x[None] and x[:, None] are, whatever combines them later.
-        alike = read.ndim > 2 and read.shape[0] == read.shape[1] and read.shape[:2] == out.shape[:2]
-        if alike and (read.stride(0) == 0) != (read.stride(1) == 0):
-            return read.shape[0]
-    spread = [_spread_axes(read, out) for read in data] if len(data) > 1 else []
-    for one, other in itertools.combinations(spread, 2):
-        for axis in one - other:
-            if any(out.shape[axis] == out.shape[k] for k in other - one):
-                return out.shape[axis]
-    return 0
-
-
-def _spread_axes(tensor: Tensor, out: Tensor) -> set[int]:
-    """Find the axes of an operator's output along which something that it read is the same."""
-    missing = out.ndim - tensor.ndim
-    sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    alike = {missing + axis for axis, (size, stride) in enumerate(sizes) if size == 1 or stride == 0}
-    return {axis for axis in alike | {*range(missing)} if axis >= 0 and out.shape[axis] > 1}
-
-
-_VIEWS = frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias", "flatten"})
-
-
-def _merged_axes(name: str, args: tuple[Any, ...], out: Tensor) -> tuple[int, ...]:
-    """Return the axes that an operator merged into the first one of what it gave, outermost first.
-
-    How often it repeated one is negative, for that is no axis of samples.
-    """
-    if not args or out.is_nested or not out.ndim:
-        return ()
-    if name == "cat":
-        dim = args[1] if len(args) > 1 else 0
-        sizes = {part.shape[0] if part.ndim == out.ndim else 0 for part in args[0]}
-        stacked = dim in (0, -out.ndim) and len(sizes) == 1 and 0 not in sizes and len(args[0]) > 1
-        return (-len(args[0]), *sizes) if stacked else ()
-    if name == "repeat":
-        alike = len(args[1]) == args[0].ndim and args[1][0] > 1 and args[0].shape[0] > 1
-        return (-args[1][0], args[0].shape[0]) if alike else ()
-    if name not in _VIEWS or args[0].is_nested:
-        return ()
-    # Entries are read one after the other, so an axis may also be merged in part.
-    axes, left = list[int](), out.shape[0]
-    for size in args[0].shape:
-        axes.append(math.gcd(size, left))
-        left //= max(1, axes[-1])
-        if axes[-1] != size or left <= 1:
-            break
-    axes = [size for size in axes if size > 1]
-    return tuple(axes) if left == 1 and len(axes) > 1 else ()

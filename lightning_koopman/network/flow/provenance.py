@@ -16,7 +16,8 @@ from lightning_koopman.network.axes.input_data import (
     is_mask,
     shuts_out,
 )
-from lightning_koopman.network.flow.dataflow import BATCH, CHANCE, ORIGINS, OWN, UNKNOWN, DataFlow, OnSum
+from lightning_koopman.network.flow.dataflow import BATCH, CHANCE, ORIGINS, OWN, UNKNOWN, DataFlow
+from lightning_koopman.network.flow.labelled_sums import OnSum
 from lightning_koopman.network.tensors import (
     address_of,
     all_tensors,
@@ -37,6 +38,8 @@ class Provenance:
     """Where the values of one pass come from, as long as the data is followed.
 
     Attributes:
+        follows: Whether the data is followed now.
+        flow: The labels, which tell nothing where it is not.
         idle: States and inputs that were made of what the network holds: positions, learned queries.
         changed: Labels of data of the batch that were put to states otherwise than they came.
         beside: Labels of those that were put beside states, added to them, or gate them: no masks.
@@ -45,7 +48,7 @@ class Provenance:
 
     def __init__(self) -> None:
         self._error: Exception | None = None
-        self._flow: DataFlow | None = None
+        self.follows, self.flow = False, _no_flow()
         # Of later passes, only the order of rows is asked.
         self._order: DataFlow | None = None
         self.lost_order: Exception | None = None
@@ -67,10 +70,11 @@ class Provenance:
 
     def follow(self, model: nn.Module, on_sum: OnSum | None = None) -> None:
         """Begin to follow the data, and what the network holds itself; see :class:`DataFlow`."""
-        self._flow = DataFlow(origins=True, on_mix=self._note_change, on_sum=on_sum)
+        flow = DataFlow(origins=True, on_mix=self._note_change, on_sum=on_sum)
+        self.follows, self.flow = True, flow
         self.own(_held_by(model))
         self._label_batch()
-        self._flow.__enter__()
+        self.flow.__enter__()
 
     def follow_rows(self, model: nn.Module) -> None:
         """Begin to follow in what order rows are, and nothing else."""
@@ -85,11 +89,11 @@ class Provenance:
 
         It was ``given`` as another tensor where it was packed, say.
         """
-        if (flow := self._flow or self._order) is None:
+        if (flow := self.flow if self.follows else self._order) is None:
             return {}
         found: dict[str, Any] = {"places": flow.places(tensor)}
         found |= {"orders": flow.orders(tensor), "second_orders": flow.orders(tensor, 1)}
-        if self._flow is not None:
+        if self.follows:
             found |= {"positions": flow.positions(tensor), "picks": flow.picks(tensor)}
             found["merged"] = flow.merged(given)
         return found
@@ -102,7 +106,6 @@ class Provenance:
         Masks say which positions count, and are nothing that a state is made of: they are returned. What
         is put beside a state is none, and neither are zeros and ones that are added to it or gate it.
         """
-        operator = operator.removesuffix("_")
         known = [labels - ORIGINS - self.idle for labels in known]
         new = [{name for name in labels if self._is_new(name)} for labels in known]
         # What comes alone with data is no state.
@@ -136,9 +139,9 @@ class Provenance:
     def leave(self) -> None:
         """Stop following the data; safe to call twice."""
         # Let go of behind its end, which Ctrl-C may keep it from.
-        if self._flow is not None:
-            self._flow.__exit__()
-            self._error, self._flow = self._flow.error, None
+        if self.follows:
+            self.flow.__exit__()
+            self._error, self.follows, self.flow = self.flow.error, False, _no_flow()
         if self._order is not None:
             self._order.__exit__()
             self.lost_order, self._order = self._order.error, None
@@ -146,24 +149,24 @@ class Provenance:
     @property
     def error(self) -> Exception | None:
         """What kept the data from being followed, if anything did."""
-        return self._error if self._flow is None else self._flow.error
+        return self.flow.error if self.follows else self._error
 
     def _label_batch(self) -> None:
-        if self._flow is not None:
-            self._flow.idle = self.idle
+        if self.follows:
+            self.flow.idle = self.idle
             data = list(enumerate(self.data))
             shared = Counter(address_of(tensor) for _, tensor in data)
             # Past and future of a window are views of one series. Where these overlap, what is of both
             # belongs to the smaller one, or the first, for inputs come before targets.
             for i, tensor in sorted(data[::-1], key=lambda each: -each[1].numel()):
-                label = self._flow.label_part if shared[address_of(tensor)] > 1 else self._flow.label
+                label = self.flow.label_part if shared[address_of(tensor)] > 1 else self.flow.label
                 label(tensor, f"{BATCH}{i}")
-            self._flow.begin_axes(self.data)
-            self._flow.begin_positions(list(self.data))
+            self.flow.begin_axes(self.data)
+            self.flow.begin_positions(list(self.data))
 
     def of(self, value: Any) -> frozenset[str] | None:
         """Find which states a value was computed from, with sums of states where these are read."""
-        if self._flow is None:
+        if not self.follows:
             return None
         known = {self._claimed.get(label, label) for label in self._labels(value)}
         return frozenset(name for name in known if not name.startswith(BATCH))
@@ -178,23 +181,18 @@ class Provenance:
 
     def is_sum(self, tensor: Tensor) -> bool:
         """Check whether a tensor is a sum, see :meth:`DataFlow.sum_in`, that is no state yet."""
-        found = None if self._flow is None else self._flow.sum_in(tensor)
+        found = self.flow.sum_in(tensor)
         return found is not None and found not in self._marked
-
-    def as_added(self, tensor: Tensor) -> Tensor:
-        """Return a sum as it was added up, see :meth:`DataFlow.as_added`."""
-        return tensor if self._flow is None else self._flow.as_added(tensor)
 
     def mark_sum(self, tensor: Tensor, name: str, made_of: frozenset[str]) -> None:
         """Let a sum of states count as a state itself."""
-        if self._flow is not None:
-            self._sums[name] = self._taken_apart(made_of)
-            self._marked.add(self._flow.sum_in(tensor))
-            self._flow.label_sum(tensor, name)
+        self._sums[name] = self._taken_apart(made_of)
+        self._marked.add(self.flow.sum_in(tensor))
+        self.flow.label_sum(tensor, name)
 
     def exactly(self, value: Any) -> frozenset[str] | None:
         """Find which states a value was computed from, ``None`` where some of it is not known."""
-        lost = UNKNOWN in self._all_labels(value) or self.error is not None
+        lost = UNKNOWN in self.flow.labels(value) or self.error is not None
         return None if lost else self.of(value)
 
     def may_reach(self, tensor: Tensor, value: Any) -> bool:
@@ -203,19 +201,15 @@ class Provenance:
 
     def _labels(self, value: Any) -> frozenset[str]:
         """Read which data and states a value was computed from, by their labels."""
-        labels = self._all_labels(value) - ORIGINS
+        labels = self.flow.labels(value) - ORIGINS
         return frozenset(name for name in labels if not name.startswith(_STAGE))
-
-    def _all_labels(self, value: Any) -> frozenset[str]:
-        """Read all labels of a value; there are none where the data is not followed."""
-        return _NOTHING if self._flow is None else self._flow.labels(value)
 
     def is_fresh(self, tensor: Tensor, inputs: Collection[str] = ()) -> bool | None:
         """Check whether a tensor is noise, or made of data of the batch that is not in ``inputs`` alone.
 
         ``None`` where nothing is known of what else than positions and the like it is made of.
         """
-        labels = self._all_labels(tensor)
+        labels = self.flow.labels(tensor)
         data = labels - ORIGINS - self.idle
         if data:
             alone = all(name in inputs or name.startswith(BATCH) for name in data)
@@ -224,29 +218,17 @@ class Provenance:
             return True
         return None if UNKNOWN in labels or not labels - {OWN} else False
 
-    @property
-    def follows(self) -> bool:
-        """Whether the data is followed now."""
-        return self._flow is not None
-
-    @property
-    def lookups(self) -> int:
-        """How often states chose entries of the network's own tables, see :class:`DataFlow`."""
-        return 0 if self._flow is None else self._flow.lookups
-
     def has_read(self, module: nn.Module) -> bool:
         """Check whether an operator read any of the tensors that a module holds."""
-        flow = self._flow
-        return flow is not None and not flow.read.isdisjoint(map(address_of, _held_by(module)))
+        return not self.flow.read.isdisjoint(map(address_of, _held_by(module)))
 
     def is_untouched(self, tensor: Tensor) -> bool:
         """Check whether no data of the batch is known to have reached a tensor."""
-        flow = self._flow
-        return flow is not None and not self._labels(tensor) and flow.error is None
+        return not self._labels(tensor) and self.flow.error is None
 
     def is_idle(self, value: Any) -> bool:
         """Check whether all tensors of a value are known to be made of what the network holds itself."""
-        known = [self._all_labels(tensor) for tensor in all_tensors(value)]
+        known = [self.flow.labels(tensor) for tensor in all_tensors(value)]
         return bool(known) and all(labels and labels <= self.idle | {OWN} for labels in known)
 
     def masks(self, value: Any) -> list[Tensor]:
@@ -256,41 +238,39 @@ class Provenance:
 
     def _is_mask(self, tensor: Tensor) -> bool:
         names = self._labels(tensor) - self.idle
-        if self._flow is None or not all(n.startswith(BATCH) or n in self._inputs for n in names):
+        if not self.follows or not all(n.startswith(BATCH) or n in self._inputs for n in names):
             return False
         # Zeros and ones may be data that something was made of.
         return shuts_out(tensor) or not (names or varies(tensor))
 
     def own(self, tensors: Iterable[Tensor]) -> None:
         """Let tensors count as what the network holds itself."""
-        if self._flow is not None:
-            self._flow.label(list(tensors), OWN)
+        self.flow.label(list(tensors), OWN)
 
     def holds_own(self, value: Any) -> bool:
         """Check whether what the network holds itself is in a value, beside what states are made of."""
-        return OWN in self._all_labels(value)
+        return OWN in self.flow.labels(value)
 
     def draws(self, value: Any) -> bool:
         """Check whether there are random numbers in a value that are no input."""
-        return CHANCE in self._all_labels(value)
+        return CHANCE in self.flow.labels(value)
 
     def claim(self, tensor: Tensor, name: str, *, whole: bool) -> None:
         """Let a tensor count as an input, and if it is the ``whole`` of what it is made of, that too."""
-        if self._flow is not None:
-            self._inputs.add(name)
-            self._flow.begin(tensor)
-            labels = self._labels(tensor) - self.idle
-            if labels and not whole:
-                self._flow.label_part(tensor, name)
-                return
-            if not labels:
-                if self.is_idle(tensor):
-                    self.idle.add(name)
-                self._flow.label(tensor, name)
-            data = {label for label in labels if label.startswith(BATCH)}
-            # A mask that cut it to size is no part of it.
-            masks = {n for n in data if all(t.dtype == torch.bool for t in self.data_of(frozenset({n})))}
-            self._claimed |= dict.fromkeys(data - masks or data, name)
+        self._inputs.add(name)
+        self.flow.begin(tensor)
+        labels = self._labels(tensor) - self.idle
+        if labels and not whole:
+            self.flow.label_part(tensor, name)
+            return
+        if not labels:
+            if self.is_idle(tensor):
+                self.idle.add(name)
+            self.flow.label(tensor, name)
+        data = {label for label in labels if label.startswith(BATCH)}
+        # A mask that cut it to size is no part of it.
+        masks = {n for n in data if all(t.dtype == torch.bool for t in self.data_of(frozenset({n})))}
+        self._claimed |= dict.fromkeys(data - masks or data, name)
 
     def unclaimed(
         self, value: Any, partly: Callable[[Tensor], bool] = lambda _: False
@@ -327,56 +307,52 @@ class Provenance:
             for tensor in all_tensors(value)
             # What is true or false is a mask, not a target.
             if tensor.dtype != torch.bool
-            and any(self._is_new(n) and n not in self._taken for n in self._all_labels(tensor))
+            and any(self._is_new(n) and n not in self._taken for n in self.flow.labels(tensor))
         ]
 
     def take(self, value: Any) -> None:
         """Remember which data of the batch a component has taken, in whatever place."""
-        self._taken |= {name for name in self._all_labels(value) if name.startswith(BATCH)}
+        self._taken |= {name for name in self.flow.labels(value) if name.startswith(BATCH)}
 
     def mark(self, value: Any, name: str, *, idle: bool, is_part: bool = False) -> None:
         """Let a value count as a state, and remember it where the network holds all it is made of.
 
         What shares memory with a value that ``is_part`` of it stays what it was.
         """
-        if self._flow is not None:
-            if idle:
-                self.idle.add(name)
-            (self._flow.label_part if is_part else self._flow.label)(value, name)
-
-    def writes(self, tensor: Tensor) -> frozenset[str]:
-        """Return the latest writes in place, see :meth:`DataFlow.writes`."""
-        return _NOTHING if self._flow is None else self._flow.writes(tensor)
+        if idle:
+            self.idle.add(name)
+        (self.flow.label_part if is_part else self.flow.label)(value, name)
 
     def compares_samples(self, tensor: Tensor, given: Iterable[Tensor], module: nn.Module) -> bool:
         """Check whether a tensor that a module made has a value for each pair of samples."""
-        if not compares_samples(tensor, given, module):
-            return False
-        flow = self._flow
-        return flow is None or flow.error is not None or flow.pairs(tensor)
+        may = compares_samples(tensor, given, module)
+        return may and (self.flow.error is not None or self.flow.pairs(tensor))
 
     def mark_stage(self, tensor: Tensor, name: str, stage: int) -> None:
         """Let what is computed from a state show which of its stages it was."""
-        if self._flow is not None and name not in self.idle:
-            self._flow.label(tensor, f"{_STAGE}{stage}:{name}", beside=True)
+        if name not in self.idle:
+            self.flow.label(tensor, f"{_STAGE}{stage}:{name}", beside=True)
 
     def mark_returned(self, tensor: Tensor, name: str) -> None:
         """Let what is computed from a tensor that the network returns show as a stage that it was."""
-        if self._flow is not None:
-            self._flow.label_part(tensor, f"{_STAGE}0:{name}", beside=True)
+        self.flow.label_part(tensor, f"{_STAGE}0:{name}", beside=True)
 
     def stages(self, value: Any) -> set[tuple[str, int]]:
         """Find which stages of which states a value was computed from."""
-        stages = (label for label in self._all_labels(value) if label.startswith(_STAGE))
+        stages = (label for label in self.flow.labels(value) if label.startswith(_STAGE))
         marks = (label.split(":", 2)[1:] for label in stages)
         return {(name, int(stage)) for stage, name in marks}
 
     def may_hold(self, tensor: Tensor, name: str) -> bool:
         """Check whether a tensor may have been computed from a state."""
-        if self._flow is None:
-            return True
-        labels = self._flow.labels(tensor)
-        return self._flow.error is not None or name in labels
+        return self.flow.error is not None or name in self.flow.labels(tensor)
+
+
+def _no_flow() -> DataFlow:
+    """Return labels that nothing gets: these are as they are where it failed to follow them."""
+    flow = DataFlow()
+    flow.error = Exception()
+    return flow
 
 
 def _held_by(model: nn.Module) -> Iterator[Tensor]:
