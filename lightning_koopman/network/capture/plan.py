@@ -539,8 +539,6 @@ def make_plan(
         )
         records = _without(pairwise, records, sources)
     mixed = {r.name for r in records if r.mixes(forms[r.name]) or r.strays(forms[r.name])}
-    # What is mixed once stays mixed.
-    met = [r.name for r in records if r.name in mixed and not (r.is_input or mixed & sources[r.name])]
     untold = [r.name for r in records if r.may_be_turned(forms[r.name])]
     turned = {
         r.name
@@ -578,7 +576,8 @@ def make_plan(
             f"{listed(passed)}, and counts only as far as that leads there; choose another output with "
             "output="
         )
-    if met := [name for name in met if name in sources]:
+    # What is mixed once stays mixed.
+    if met := [name for name in sources if name in mixed - inputs and not mixed & sources[name]]:
         notes.append(
             f"rows of several samples meet in {listed(met)}, and operators see one of them, so what the "
             "others do counts as unexplained and as nonlinear"

@@ -163,10 +163,8 @@ class DataFlow(Watcher):
         return tuple(self._axes.is_along(tensor, axis, which) for which in range(2))
 
     def _rows_along(self, which: int) -> RowOrders:
-        def is_along(tensor: Tensor, axis: int) -> bool | None:
-            return self._axes.is_along(tensor, axis, which)
-
-        return RowOrders(self._is_data, self._is_own, self._merges, is_along, self._keep_address)
+        axes = self._axes
+        return RowOrders(self._is_data, self._is_own, self._merges, axes, which, self._keep_address)
 
     @kept_out_of_the_pass()
     def begin_axes(self, tensors: Iterable[Tensor]) -> None:
@@ -307,7 +305,7 @@ class DataFlow(Watcher):
             self._picks.follow(func, args, reads, [of - ORIGINS for of in known], out)
             for rows in self._rows if self._merged else ():
                 rows.follow_met(name, args, reads, out, by_entry=torch.Tag.pointwise in func.tags)
-            sorts, *_ = [rows.follow(name, args, reads, out) for rows in self._rows]
+            sorts, *_ = [rows.follow(func, args, reads, out) for rows in self._rows]
             if sorts:
                 reads, known = _without_sorts(reads, known, sorts)
                 over = set()
