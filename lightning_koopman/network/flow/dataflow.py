@@ -100,8 +100,8 @@ class DataFlow(Watcher):
     Args:
         origins: Whether there are labels of coordinates, which operators make of nothing, of random
             numbers, and of what was read without a label, and orders of rows.
-        on_mix: Called with what an operator reads, where that is several tensors, their labels, and the
-            operator's name; says of which ones the labels go no further.
+        on_mix: Called with what an operator reads, where that is several tensors, their labels, the
+            operator's name, and what it gave; says of which ones the labels go no further.
         on_sum: Called with each sum of what was labelled that an operator is about to go on with, unless
             it adds or weighs alone.
 
@@ -124,7 +124,7 @@ class DataFlow(Watcher):
         self,
         *,
         origins: bool = False,
-        on_mix: Callable[[Sequence[Tensor], Sequence[frozenset[str]], str], set[int]] | None = None,
+        on_mix: Callable[[Sequence[Tensor], Sequence[frozenset[str]], str, Any], set[int]] | None = None,
         on_sum: OnSum | None = None,
     ) -> None:
         super().__init__()
@@ -313,7 +313,7 @@ class DataFlow(Watcher):
             self.lookups += _is_lookup(reads, known)
         ends = set[int]()
         if self._on_mix is not None and len(known) > 1:
-            ends = self._on_mix(reads, known, name)
+            ends = self._on_mix(reads, known, name, out)
         ends |= over
         labels = _NOTHING.union(*(of for i, of in enumerate(known) if i not in ends))
         if self._origins:
