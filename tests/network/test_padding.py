@@ -335,8 +335,9 @@ class Placed(nn.Module):
 @pytest.mark.parametrize("has_samples", [True, False])
 @pytest.mark.parametrize("reduce", ["mean", "pool"])
 @pytest.mark.parametrize("told_by", ["lengths", "mask"])
+@pytest.mark.parametrize("first_is_padded", [True, False])
 def test_what_is_added_to_each_position_is_read_where_samples_are_padded_apart(
-    told_by: str, reduce: Any, has_samples: bool
+    told_by: str, reduce: Any, has_samples: bool, first_is_padded: bool
 ) -> None:
     torch.manual_seed(0)
     net, ids, lengths = (
@@ -345,6 +346,8 @@ def test_what_is_added_to_each_position_is_read_where_samples_are_padded_apart(
         torch.randint(2, 11, (900,)),
     )
     lengths[::100] = 10
+    if not first_is_padded:
+        lengths[:200] = 10
     mask = torch.arange(10) < lengths[:, None]
     told = lengths if told_by == "lengths" else mask.long()
     parts = zip((ids * mask).split(100), told.split(100), strict=True)
@@ -355,9 +358,29 @@ def test_what_is_added_to_each_position_is_read_where_samples_are_padded_apart(
     report = credit_report(net, [*batches, *full], options=options, max_samples=None)
     assert report.reads["layer"] == ("tokens+places",)
     assert report.r2[0] == pytest.approx(1, abs=1e-9)
-    whole = credit_report(net, full, options=options)
-    assert whole.reads["layer"] == ("tokens",)
-    assert whole.notes[0] == "the same for every sample, so left out: places"
+    for given in (full, [{**batch, "mask": torch.ones(100, 10)} for batch in full]):
+        whole = credit_report(net, given, options=options)
+        assert whole.reads["layer"] == ("tokens",)
+        assert whole.notes[0] == "the same for every sample, so left out: places"
+    # Of what comes once alone, nothing is read again.
+    once = credit_report(net, iter(batches), options=options, max_samples=None)
+    left = "the same for every sample of the first batch, so left out, though not in later ones: places"
+    assert any(note.startswith(left) for note in once.notes) != first_is_padded
+
+
+def test_what_is_added_to_each_position_is_read_where_samples_come_one_by_one() -> None:
+    torch.manual_seed(0)
+    net, ids, lengths = (
+        Placed(True).eval(),
+        torch.randint(1, 20, (400, 10)),
+        torch.randint(2, 11, (400,)),
+    )
+    mask = (torch.arange(10) < lengths[:, None]).long()
+    batches = [{"ids": i, "mask": m} for i, m in zip((ids * mask).split(1), mask.split(1), strict=True)]
+    options = Options(reduce="mean", errors=False)
+    report = credit_report(net, batches, options=options, max_samples=None)
+    assert report.reads["layer"] == ("tokens+places",)
+    assert report.r2[0] == pytest.approx(1, abs=1e-9)
 
 
 def drawn_masks(*shape: int) -> tuple[Tensor, Tensor]:

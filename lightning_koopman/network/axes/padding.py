@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -163,23 +163,32 @@ def _likeness(name: str, others: Iterable[str]) -> int:
     return max((len(list(each)) for each in begins), default=0)
 
 
-def with_places(records: Sequence[Recorded], valid: Valid) -> dict[str, Recorded]:
+def with_places(
+    records: Sequence[Recorded], valid: Valid, varying: Collection[str] = ()
+) -> dict[str, Recorded]:
     """Give what the network adds to all samples alike, as position embeddings, a row for each of them.
 
-    So it is where samples are padded apart, for means over what holds data then differ.
+    So it is where samples are padded apart, for means over what holds data then differ, or where it is
+    among what is known to be ``varying`` in later batches.
     """
     found = {}
     for record in records:
         tensor = record.tensor[None] if record.tensor.ndim == 2 else record.tensor
         if not record.is_idle or tensor.ndim != 3:
             continue
-        size = tensor.shape[1]
-        masks = (each if each.ndim > 1 else up_to(each, size) for each in valid.values())
-        counts = {len(m) for m in masks if m.shape[1] == size and bool((m != m[:1]).any())}
+        masks = masks_of(tensor.shape[1], valid)
+        is_known = record.name in varying
+        counts = {len(m) for m in masks if is_known or bool((m != m[:1]).any())}
         if len(counts) == 1 and len(tensor) in (1, n_samples := counts.pop()):
             spread = tensor.expand(n_samples, -1, -1)
             found[record.name] = replace(record, tensor=spread, is_idle=False, ignores_data=False)
     return found
+
+
+def masks_of(size: int, valid: Valid) -> list[Tensor]:
+    """Return the masks of so many positions, also those that lengths stand for."""
+    masks = (each if each.ndim > 1 else up_to(each, size) for each in valid.values())
+    return [mask for mask in masks if mask.shape[1] == size]
 
 
 def valid_outputs(

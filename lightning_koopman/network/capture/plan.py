@@ -399,6 +399,7 @@ class Plan:
         notes: What a reader of the report must know beside what :attr:`constant` says.
         constant: Names that are left out for they were the same for all samples of the first batch.
         alike: Those of them that data reach.
+        places: Those that the network makes of what it holds itself.
         in_turns: Components that get other samples in each batch, or none.
     """
 
@@ -409,6 +410,7 @@ class Plan:
     notes: tuple[str, ...]
     constant: tuple[str, ...] = ()
     alike: tuple[str, ...] = ()
+    places: frozenset[str] = frozenset()
     in_turns: frozenset[str] = frozenset()
 
     def told(self, varying: Collection[str] = ()) -> list[str]:
@@ -508,7 +510,7 @@ def make_plan(
             f"{list(by_name)}"
         )
     records = _ignoring(records)
-    placed = with_places(records, valid)
+    placed = with_places(records, valid, varying)
     records = [placed.get(record.name, record) for record in records]
     beside = [r for inside in tensors.values() for r in inside if r.name not in by_name]
     forms = row_forms([*records, *beside], batch, reduce, max_dim)
@@ -556,7 +558,9 @@ def make_plan(
         # Named ones stay; data beside them, as features of edges beside nodes, need not.
         kept = {record.name for record in records if not record.is_input}
     if not named or any(not sources[name] for name in kept & sources.keys()):
-        kept |= {*varying, *placed, *(record.name for record in records if is_sum(record.name))}
+        # Positions that vary, for all that is known, may have no mask that is about them.
+        kept |= {*varying} - {record.name for record in records if record.is_idle}
+        kept |= {*placed, *(record.name for record in records if is_sum(record.name))}
         constant = leave_out_unfit(
             records, forms, sources, kept, n_samples, notes, turned, n_samples == rows_given(batch)
         )
@@ -625,6 +629,7 @@ def make_plan(
         notes=tuple(notes),
         constant=tuple(constant),
         alike=tuple(name for name in constant if name in reached),
+        places=frozenset(r.name for r in records if r.name in constant and r.is_idle),
         in_turns=in_turns - {module_of(name) for group in whole for name in group},
     )
 
