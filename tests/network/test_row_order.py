@@ -593,6 +593,47 @@ def test_positions_that_are_moved_leave_samples_where_they_are(how):
     assert not [note for note in report.notes if "rows" in note or "order" in note]
 
 
+@pytest.mark.parametrize("size", [6, 50])
+@pytest.mark.parametrize("how", ["samples", "within", "roll", "roll_all", "turned", "product"])
+def test_rows_of_which_each_sample_has_several_are_followed_as_a_whole(how, size):
+    """Also as many as there are samples."""
+
+    def moved(h: Tensor, x: Tensor) -> Tensor:
+        n, s, d = h.shape
+        rows, order = h.flatten(0, 1), x[:, 0, 0].argsort()
+        return {
+            "samples": lambda: rows[(order[:, None] * s + torch.arange(s)).flatten()].view(n, s, d),
+            "within": lambda: rows.view(n, s, d).flip(1).flatten(0, 1).view(n, s, d),
+            "roll": lambda: rows.roll(2 * s, 0).view(n, s, d),
+            "roll_all": lambda: h.roll(s * d),
+            "turned": lambda: h.rot90(2, (0, 1)),
+            "product": lambda: torch.einsum("mn,nsd->msd", torch.eye(n).flip(0), h),
+        }[how]()
+
+    torch.manual_seed(0)
+    model = wired(
+        lambda m, x: m.c(m.b(moved(m.a(x), x))), a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 3)
+    )
+    x = torch.randn(600, 6, 4, generator=torch.Generator().manual_seed(1))
+    report = credit_report(model, x.split(size), components=["a", "b", "c"])
+    assert report.n_samples == 600
+    assert report.r2 == pytest.approx(1, abs=1e-6)
+
+
+def test_rows_of_several_samples_that_take_one_place_are_told():
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        n, s, _ = x.shape
+        rows = m.a(x).flatten(0, 1)[x[..., 0].flatten().argsort()]
+        return m.c(m.b(rows.view(n, s, 4)))
+
+    torch.manual_seed(0)
+    model = wired(run, a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 3))
+    x = torch.randn(600, 6, 4, generator=torch.Generator().manual_seed(1))
+    report = credit_report(model, x.split(50), components=["a", "b", "c"])
+    assert report.r2[1] < 0.1
+    assert any(note.startswith(MEETS.format("b")) for note in report.notes)
+
+
 def test_rows_drawn_with_replacement_are_left_out_or_told():
     def run(m: nn.Module, x: Tensor) -> Tensor:
         h = torch.tanh(m.a(x))

@@ -341,7 +341,8 @@ class RowOrders:
         inner = size // n_rows
         rows, is_own = order.rows.view(n_rows, inner), order.base == size and _are_different(order.rows)
         both = [(n_rows, 0, rows.div(inner, rounding_mode="floor") if is_own else rows)]
-        if out.ndim > 1 and out.shape[1] == inner:
+        # Of two axes of one size, the second are positions.
+        if out.ndim > 1 and out.shape[1] == inner != n_rows:
             both.append((inner, 1, torch.where(rows < 0, rows, rows % inner) if is_own else rows))
         found = dict(known)
         for length, axis, numbers in both:
