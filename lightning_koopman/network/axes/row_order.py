@@ -89,8 +89,9 @@ class RowOrders:
     """The orders of rows of all tensors of one pass, by their memory, as views share it.
 
     Rows are told along the axis of the samples, or the first one where that is not known; those that
-    are picked or put somewhere also along the second of three. What is not told apart (neighbours of
-    each row, sums over rows) counts as in order.
+    are picked or put somewhere also along the second of three. Of operators that move entries in other
+    ways, the numbers of rows are moved instead, see :mod:`.moves`. What is not told apart (neighbours of
+    each row that are picked or put one by one) counts as in order.
 
     Args:
         is_data: Tells whether a tensor is made of the batch.
