@@ -219,8 +219,9 @@ class Alterations:
                 if (value := values.get(point)) is None or value.is_nested:
                     continue
                 alike = output.ndim > 1 and output.shape[1:2] == value.shape[1:2]
-                # Of as many samples as positions, either may be first.
-                alike = alike and not (len(output) == output.shape[1] and placed[of_axis] == (0, 1))
+                # Of as many samples as positions, either may be first; of as many as units, samples are.
+                is_first = placed[of_axis] == (0, 1) or len(value) != len(output)
+                alike = alike and not (len(output) == output.shape[1] and is_first)
                 if alike and gives_batch_second(module, value):
                     raise ValueError(
                         f"the outputs have shape {tuple(output.shape)}, and {name!r} gives the samples "

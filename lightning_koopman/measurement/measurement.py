@@ -20,7 +20,7 @@ from lightning_koopman.measurement.added_up import EXACT, AddedUp
 from lightning_koopman.measurement.processes import Share, agreed, exchange
 from lightning_koopman.network.access.isolation import undisturbed
 from lightning_koopman.network.axes.graphs import pooled_by, pooling_index
-from lightning_koopman.network.axes.padding import Valid, lengths_of, up_to, valid_positions
+from lightning_koopman.network.axes.padding import Valid, lengths_of, masks_of, up_to, valid_positions
 from lightning_koopman.network.axes.recorded import Recorded
 from lightning_koopman.network.axes.rows import by_sample, n_positions
 from lightning_koopman.network.capture.capture import Capture
@@ -494,7 +494,12 @@ class Measurement(Accumulator):
         """Make the rows of a state of the chain; of others, compare."""
         if recorded.name not in self._known_plan.recorded:
             if recorded.name in self._known_plan.alike and tensor.ndim and len(tensor):
-                self._compare(recorded.name, tensor)
+                self._compare(recorded.name, self._by_sample(recorded.name, tensor))
+            elif recorded.name in self._known_plan.places and tensor.ndim in (2, 3):
+                # Means over what holds data differ where samples are padded apart.
+                masks = masks_of(tensor.shape[-2], self._valid or valid_positions(self.capture.given))
+                if masks and len({len(mask) for mask in masks}) == 1:
+                    self._compare(recorded.name, torch.cat(masks, dim=1))
             call = call_of(recorded.name)
             known = call in self._known_plan.forms or call in self.capture.parts
             if not known and module_of(call) not in self._known_plan.in_turns:
@@ -512,14 +517,16 @@ class Measurement(Accumulator):
         given = self._valid or (valid_positions(self.capture.given) if told_by else {})
         return form.rows(tensor, given.get(told_by))
 
+    def _by_sample(self, name: str, tensor: Tensor) -> Tensor:
+        forms = self._known_plan.forms
+        return by_sample(tensor, forms[name]) if name in forms else tensor
+
     def _compare(self, name: str, tensor: Tensor) -> None:
         """Find out whether a state varies that did not in the first batch; a device is not asked."""
-        if name in self._known_plan.forms:
-            tensor = by_sample(tensor, self._known_plan.forms[name])
         first = tensor[:1].detach().clone(), torch.zeros((), device="cpu")
         sample, differs = self._alike.get(name, first)
-        if sample.shape[1:] == tensor.shape[1:]:
-            differs = differs.to(tensor.device) + (tensor != sample).any()
+        own = sample if sample.shape[1:] == tensor.shape[1:] else tensor[:1]
+        differs = differs.to(tensor.device) + (tensor != own.to(tensor.device)).any()
         self._alike[name] = sample, differs
 
     @property

@@ -44,7 +44,11 @@ LOOK_UPS = frozenset({"index", "index_select", "gather"})
 PUTS = frozenset({"index_add", "index_copy", "index_put", "scatter", "scatter_add", "scatter_reduce"})
 """Put entries into their first argument at places that another one holds."""
 
-PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_sparse_mm": 0, "_sparse_addmm": 1}
+PRODUCTS = {
+    **{"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_sparse_mm": 0, "_sparse_addmm": 1},
+    # Of sparse matrices, inference mode shows nothing else.
+    "matmul": 0,
+}
 """Multiply matrices: where they have the left one, before the right one."""
 
 DISTANCES = frozenset({"_cdist_forward", "_euclidean_dist"})
@@ -65,6 +69,7 @@ class Operator(NamedTuple):
         written: Arguments that it writes to, by place and name.
         dims: Where among its arguments it is told of axes; behind all where it is not.
         usual_dims: What it is told of axes where that argument is left out.
+        func: The operator itself, as torch shows it.
     """
 
     name: str
@@ -77,6 +82,7 @@ class Operator(NamedTuple):
     written: tuple[tuple[int, str], ...] = ()
     dims: int = 0
     usual_dims: Any = None
+    func: Any = None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -100,4 +106,5 @@ def operator_of(func: Any) -> Operator:
         ),
         dims=dims,
         usual_dims=arguments[dims].default_value if dims < len(arguments) else None,
+        func=func,
     )

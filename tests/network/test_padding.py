@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small import wired
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -54,11 +55,11 @@ class TimeFirst(TwoSides):
         return self.out(self.mix(self.b(tgt.transpose(0, 1)) + context)).transpose(0, 1)
 
 
-def report_of(net: nn.Module, masks: dict[str, Tensor], **given: Tensor) -> CreditReport:
+def report_of(net: nn.Module, masks: dict[str, Tensor], size: int = 60, **given: Tensor) -> CreditReport:
     named = {**given, **masks}
     batches = [
         dict(zip(named, parts, strict=True))
-        for parts in zip(*(tensor.split(60) for tensor in named.values()), strict=True)
+        for parts in zip(*(tensor.split(size) for tensor in named.values()), strict=True)
     ]
     return credit_report(net, batches, options=Options(reduce="mean", tikhonov=1e-8))
 
@@ -78,6 +79,29 @@ def test_each_state_has_the_mask_of_its_own_positions(kind: Any, n_second: int, 
     }
     masks = {name: known[name] for name in names.split(", ")}
     report = report_of(kind(), masks, src=src, tgt=tgt, src_valid=of_src)
+    assert report.r2 == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 60])
+@pytest.mark.parametrize("first", ["padded", "whole", "one"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_each_state_has_its_own_mask_whatever_the_first_batch_shows(
+    size: int, first: str, order: int
+) -> None:
+    lengths = {"padded": (T - 2, T - 4), "whole": (T, T), "one": (T, T - 4)}[first]
+    sides = padded(T, 0), padded(T, 1)
+    for (data, valid), length in zip(sides, lengths, strict=True):
+        valid[:size] = torch.arange(T) < length
+        data[:size] = data[:1].where(valid[:size, :, None], 0) + torch.arange(size)[:, None, None]
+        data[:size].masked_fill_(~valid[:size, :, None], 0)
+    (source, of_source), (target, of_target) = sides
+    # Of what a decoder takes, names of encoders know nothing.
+    masks = {"attention_mask": of_source, "decoder_attention_mask": of_target}
+    masks = dict([*masks.items()][::order])
+    net = wired(
+        lambda m, ids, decoder_ids, valid, **_: m.inner(ids, decoder_ids, valid), inner=TwoSides()
+    )
+    report = report_of(net, masks, size, ids=source, decoder_ids=target, valid=of_source)
     assert report.r2 == pytest.approx(1, abs=1e-6)
 
 
@@ -311,8 +335,9 @@ class Placed(nn.Module):
 @pytest.mark.parametrize("has_samples", [True, False])
 @pytest.mark.parametrize("reduce", ["mean", "pool"])
 @pytest.mark.parametrize("told_by", ["lengths", "mask"])
+@pytest.mark.parametrize("first_is_padded", [True, False])
 def test_what_is_added_to_each_position_is_read_where_samples_are_padded_apart(
-    told_by: str, reduce: Any, has_samples: bool
+    told_by: str, reduce: Any, has_samples: bool, first_is_padded: bool
 ) -> None:
     torch.manual_seed(0)
     net, ids, lengths = (
@@ -321,6 +346,8 @@ def test_what_is_added_to_each_position_is_read_where_samples_are_padded_apart(
         torch.randint(2, 11, (900,)),
     )
     lengths[::100] = 10
+    if not first_is_padded:
+        lengths[:200] = 10
     mask = torch.arange(10) < lengths[:, None]
     told = lengths if told_by == "lengths" else mask.long()
     parts = zip((ids * mask).split(100), told.split(100), strict=True)
@@ -331,9 +358,29 @@ def test_what_is_added_to_each_position_is_read_where_samples_are_padded_apart(
     report = credit_report(net, [*batches, *full], options=options, max_samples=None)
     assert report.reads["layer"] == ("tokens+places",)
     assert report.r2[0] == pytest.approx(1, abs=1e-9)
-    whole = credit_report(net, full, options=options)
-    assert whole.reads["layer"] == ("tokens",)
-    assert whole.notes[0] == "the same for every sample, so left out: places"
+    for given in (full, [{**batch, "mask": torch.ones(100, 10)} for batch in full]):
+        whole = credit_report(net, given, options=options)
+        assert whole.reads["layer"] == ("tokens",)
+        assert whole.notes[0] == "the same for every sample, so left out: places"
+    # Of what comes once alone, nothing is read again.
+    once = credit_report(net, iter(batches), options=options, max_samples=None)
+    left = "the same for every sample of the first batch, so left out, though not in later ones: places"
+    assert any(note.startswith(left) for note in once.notes) != first_is_padded
+
+
+def test_what_is_added_to_each_position_is_read_where_samples_come_one_by_one() -> None:
+    torch.manual_seed(0)
+    net, ids, lengths = (
+        Placed(True).eval(),
+        torch.randint(1, 20, (400, 10)),
+        torch.randint(2, 11, (400,)),
+    )
+    mask = (torch.arange(10) < lengths[:, None]).long()
+    batches = [{"ids": i, "mask": m} for i, m in zip((ids * mask).split(1), mask.split(1), strict=True)]
+    options = Options(reduce="mean", errors=False)
+    report = credit_report(net, batches, options=options, max_samples=None)
+    assert report.reads["layer"] == ("tokens+places",)
+    assert report.r2[0] == pytest.approx(1, abs=1e-9)
 
 
 def drawn_masks(*shape: int) -> tuple[Tensor, Tensor]:

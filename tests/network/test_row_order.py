@@ -166,6 +166,107 @@ def two_in_one(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
 
 
 @way
+def rot90(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    return b(h.rot90(2).flip(1)).flip(1).rot90(-2)
+
+
+@way
+def rot90_to_columns(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    return b(h.rot90(-1).t()).t().rot90(1)
+
+
+@way
+def flat_roll(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    return b(h.flatten().roll(12).view_as(h)).roll(-12)
+
+
+@way
+def flat_flip(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    return b(h.flatten().flip(0).view_as(h).flip(1)).flip(0)
+
+
+@way
+def flat_index(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    p, units = sorts(x), torch.arange(h.shape[1])
+    z = b(h.flatten()[(p[:, None] * h.shape[1] + units).flatten()].view_as(h))
+    return z.view(-1)[p.argsort()[:, None] * h.shape[1] + units]
+
+
+@way
+def take(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    p, units = sorts(x), torch.arange(h.shape[1])
+    z = b(h.take((p[:, None] * h.shape[1] + units).flatten()).view_as(h))
+    return z.take(p.argsort()[:, None] * h.shape[1] + units)
+
+
+@way
+def put(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    places = sorts(x)[:, None] * h.shape[1] + torch.arange(h.shape[1])
+    return torch.zeros_like(h).put_(places, b(h.take(places)))
+
+
+@way
+def halves(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    z = b(h.view(2, -1, h.shape[1]).flip(0).reshape(h.shape))
+    return z.view(2, -1, h.shape[1]).flip(0).reshape(h.shape)
+
+
+@way
+def halves_stacked(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    one, two = h.view(2, -1, h.shape[1])
+    one, two = b(torch.stack([two, one]).view_as(h)).view(2, -1, h.shape[1])
+    return torch.cat([two, one])
+
+
+@way
+def neighbours(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    z = b(h.view(-1, 2, h.shape[1]).flip(1).reshape(h.shape))
+    return z.view(-1, 2, h.shape[1])[:, [1, 0]].reshape(h.shape)
+
+
+@way
+def slice_scatter(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    y = torch.zeros_like(h).slice_scatter(h[-7:], 0, 0, 7).slice_scatter(h[:-7], 0, 7)
+    return b(y).roll(-7, 0)
+
+
+@way
+def select_scatter(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    y = torch.zeros_like(h)
+    for i in range(len(h)):
+        y = y.select_scatter(h[i], 0, len(h) - 1 - i)
+    return b(y).flip(0)
+
+
+@way
+def masked_scatter(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    return h.new_zeros(h.shape).masked_scatter(torch.ones_like(h) > 0, b(h.flip(0)).flatten()).flip(0)
+
+
+@way
+def product(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    order = torch.eye(len(h))[sorts(x)]
+    return order.t() @ b(order @ h)
+
+
+@way
+def product_from_the_right(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    order = torch.eye(len(h)).roll(3, 0)
+    return torch.einsum("ij,jk->ik", order.t(), b((h.t() @ order.t()).t()))
+
+
+@way
+def sparse_product(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    order = torch.eye(len(h))[sorts(x)].to_sparse()
+    return torch.sparse.mm(order.t(), b(torch.sparse.mm(order, h)))
+
+
+@way
+def different_rows(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    return b(torch.unique(h, dim=0))
+
+
+@way
 def never_back(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
     return b(h[sorts(x)])
 
@@ -230,6 +331,12 @@ def by_masks(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
     return torch.zeros_like(h).masked_scatter(m, z).masked_scatter(~m, w)
 
 
+def by_selections(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    m = (x[:, :1] > 0).expand_as(h)
+    z, n = b(torch.cat([h.masked_select(m), h[~m]]).view_as(h)), int(m[:, 0].sum())
+    return torch.zeros_like(h).masked_scatter(m, z[:n]).masked_scatter(~m, z[n:])
+
+
 def by_values(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
     v, p = x[:, 0].sort()
     return b(h[p] + v[:, None])[p.argsort()]
@@ -272,7 +379,7 @@ def test_rows_of_one_of_two_views_are_those_of_their_samples(how):
     assert report.r2 == pytest.approx(1, abs=1e-6)
 
 
-BY_VALUES = [by_halves, by_buffer, by_masks, by_values, by_largest]
+BY_VALUES = [by_halves, by_buffer, by_masks, by_selections, by_values, by_largest]
 
 
 @pytest.mark.parametrize("between", BY_VALUES)
@@ -401,6 +508,132 @@ def test_a_mixed_input_is_an_input():
     assert not [note for note in report.notes if note.startswith("rows of")]
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+@pytest.mark.parametrize("how", ["product", "sparse", "from_the_right", "running", "by_column"])
+def test_rows_of_several_samples_are_told_where_something_adds_or_compares_them(how):
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        h, n = torch.tanh(m.a(x)), len(x)
+        mean = torch.ones(n, n).tril().softmax(1)
+        z = {
+            "product": lambda: mean @ h,
+            "sparse": lambda: torch.sparse.mm(mean.to_sparse_csr(), h),
+            "from_the_right": lambda: (h.t() @ mean.t()).t(),
+            "running": lambda: h.cumsum(0),
+            "by_column": lambda: h.sort(0).values,
+        }[how]()
+        return m.c(m.b(z))
+
+    torch.manual_seed(0)
+    model = wired(run, a=nn.Linear(4, 4), b=nn.Linear(4, 6), c=nn.Linear(6, 3))
+    report = credit_report(model, samples().split(60))
+    assert report.notes == (MEETS.format("b") + " as unexplained and as nonlinear",)
+    assert report.r2[1] < 0.5
+    assert report.r2[2] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("how", ["padded", "product", "repeated"])
+def test_rows_that_take_the_place_of_others_are_left_out_and_what_they_lead_to_is_told(how):
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        h = torch.tanh(m.a(x))
+        if how == "padded":
+            h = nn.functional.pad(h, (0, 0, 3, -3))
+        elif how == "product":
+            h = torch.eye(len(h))[torch.arange(len(h)) // 2] @ h
+        else:
+            h = h.repeat_interleave(2, 0)[: len(h)]
+        return m.c(m.b(h))
+
+    torch.manual_seed(0)
+    model = wired(run, a=nn.Linear(4, 4), b=nn.Linear(4, 6), c=nn.Linear(6, 3))
+    report = credit_report(model, samples().split(60))
+    assert report.notes == (
+        "without one row for each of 60 samples, so left out: b (60, 6)",
+        MEETS.format("c") + " as unexplained and as nonlinear",
+    )
+
+
+@pytest.mark.parametrize("how", ["roll", "flip", "window", "pad", "put", "chosen"])
+def test_positions_that_are_moved_leave_samples_where_they_are(how):
+    def moved(h: Tensor) -> Tensor:
+        n, s, d = h.shape
+        if how == "roll":
+            return h.roll((1, 2), (1, 2))
+        if how == "flip":
+            return h.view(n * 2, s // 2, d).flip(1).view(n, s, d)
+        if how == "window":
+            return (
+                h
+                .view(n, 2, s // 2, d)
+                .transpose(1, 2)
+                .reshape(n * s // 2, 2, d)
+                .rot90(1, (1, 2))
+                .reshape(n, s, d)
+            )
+        if how == "pad":
+            return nn.functional.pad(h, (1, -1, 1, -1))
+        if how == "put":
+            return (
+                torch
+                .zeros_like(h)
+                .slice_scatter(h[:, 1:], 1, 0, s - 1)
+                .select_scatter(h[:, 0], 1, s - 1)
+            )
+        return h[torch.arange(n)[:, None], torch.arange(s).flip(0)]
+
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        return m.c(moved(m.b(moved(m.a(x)))))
+
+    torch.manual_seed(0)
+    model = wired(run, a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 3))
+    x = torch.randn(240, 6, 4, generator=torch.Generator().manual_seed(1))
+    # As many positions as samples are in the last batch.
+    report = credit_report(model, [*x[:234].split(26), x[234:]], components=["a", "b", "c"])
+    assert report.n_samples == 240
+    assert report.r2 == pytest.approx(1, abs=1e-6)
+    assert not [note for note in report.notes if "rows" in note or "order" in note]
+
+
+@pytest.mark.parametrize("size", [6, 50])
+@pytest.mark.parametrize("how", ["samples", "within", "roll", "roll_all", "turned", "product"])
+def test_rows_of_which_each_sample_has_several_are_followed_as_a_whole(how, size):
+    """Also as many as there are samples."""
+
+    def moved(h: Tensor, x: Tensor) -> Tensor:
+        n, s, d = h.shape
+        rows, order = h.flatten(0, 1), x[:, 0, 0].argsort()
+        return {
+            "samples": lambda: rows[(order[:, None] * s + torch.arange(s)).flatten()].view(n, s, d),
+            "within": lambda: rows.view(n, s, d).flip(1).flatten(0, 1).view(n, s, d),
+            "roll": lambda: rows.roll(2 * s, 0).view(n, s, d),
+            "roll_all": lambda: h.roll(s * d),
+            "turned": lambda: h.rot90(2, (0, 1)),
+            "product": lambda: torch.einsum("mn,nsd->msd", torch.eye(n).flip(0), h),
+        }[how]()
+
+    torch.manual_seed(0)
+    model = wired(
+        lambda m, x: m.c(m.b(moved(m.a(x), x))), a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 3)
+    )
+    x = torch.randn(600, 6, 4, generator=torch.Generator().manual_seed(1))
+    report = credit_report(model, x.split(size), components=["a", "b", "c"])
+    assert report.n_samples == 600
+    assert report.r2 == pytest.approx(1, abs=1e-6)
+
+
+def test_rows_of_several_samples_that_take_one_place_are_told():
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        n, s, _ = x.shape
+        rows = m.a(x).flatten(0, 1)[x[..., 0].flatten().argsort()]
+        return m.c(m.b(rows.view(n, s, 4)))
+
+    torch.manual_seed(0)
+    model = wired(run, a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 3))
+    x = torch.randn(600, 6, 4, generator=torch.Generator().manual_seed(1))
+    report = credit_report(model, x.split(50), components=["a", "b", "c"])
+    assert report.r2[1] < 0.1
+    assert any(note.startswith(MEETS.format("b")) for note in report.notes)
+
+
 def test_rows_drawn_with_replacement_are_left_out_or_told():
     def run(m: nn.Module, x: Tensor) -> Tensor:
         h = torch.tanh(m.a(x))
@@ -447,9 +680,9 @@ def test_positions_turned_back_to_front_stay_where_they_are():
     assert reports[0].r2[1] < 0.1
 
 
-def step(draw: torch.Generator, t: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+def step(draw: torch.Generator, t: Tensor, key: Tensor, ways: int) -> tuple[Tensor, Tensor]:
     """Put rows in another order, in one of many ways; ``key`` goes with them and decides."""
-    n, how = len(t), int(torch.randint(12, (), generator=draw))
+    n, how = len(t), int(torch.randint(ways, (), generator=draw))
     p = torch.randperm(n, generator=draw)
     k = int(torch.randint(1, n, (), generator=draw))
     both = torch.cat([t, key[:, None]], 1)
@@ -483,14 +716,41 @@ def step(draw: torch.Generator, t: Tensor, key: Tensor) -> tuple[Tensor, Tensor]
         for i in range(n):
             new[p[i] if k % 2 else int(p[i])] = both[i]
         both = new
-    else:
+    elif how == 11:
         both = both.t().clone().t()[both[:, 1].argsort()].sin().asin()
+    elif how == 12:
+        both = both.rot90(2).flip(1) if k % 2 else both.rot90(1).flip(0).t().flip(0)
+    elif how == 13:
+        both = both.roll(k * both.shape[1])
+    elif how == 14:
+        both = both.flatten()[(p[:, None] * both.shape[1] + torch.arange(both.shape[1])).flatten()]
+        both = both.view(n, -1)
+    elif how == 15:
+        both = torch.zeros_like(both).put(p[:, None] * both.shape[1] + torch.arange(both.shape[1]), both)
+    elif how == 16:
+        both = torch.eye(n)[p] @ both if k % 2 else (both.t() @ torch.eye(n)[:, p]).t()
+    elif how == 17:
+        both = torch.sparse.mm(torch.eye(n)[p].to_sparse(), both)
+    elif how == 18:
+        new = torch.zeros_like(both).slice_scatter(both[n - k :], 0, 0, k)
+        both = new.slice_scatter(both[: n - k], 0, k)
+    elif how == 19:
+        m = (both[:, 1:2] > 0).expand_as(both)
+        both = torch.cat([both.masked_select(m), both.masked_select(~m)]).view_as(both)
+    elif how == 20 and n % 2 == 0:
+        parts = both.view(2, -1, both.shape[1]) if k % 2 else both.view(n // 2, 2, -1)
+        both = parts.flip(1 - k % 2).reshape(both.shape)
+    elif how == 21:
+        both = nn.functional.pad(both[k:], (0, 0, 0, k)) + nn.functional.pad(both[:k], (0, 0, n - k, 0))
     return both[:, :-1], both[:, -1]
 
 
 # The last: what was cut into equal parts before is cut into others.
-@pytest.mark.parametrize("seed", [*range(60), 1231])
-def test_orders_are_those_of_rows_that_carry_their_own_numbers(seed):
+@pytest.mark.parametrize(
+    ("ways", "seed"),
+    [*((12, seed) for seed in [*range(60), 1231]), *((22, seed) for seed in range(120))],
+)
+def test_orders_are_those_of_rows_that_carry_their_own_numbers(ways, seed):
     draw = torch.Generator().manual_seed(seed)
     n = int(torch.randint(4, 30, (), generator=draw))
     # Small, so that a round trip through the sine changes nothing.
@@ -498,10 +758,11 @@ def test_orders_are_those_of_rows_that_carry_their_own_numbers(seed):
     x = torch.cat([numbers[:, None], torch.randn(n, 1, generator=draw).clamp(-1, 1)], 1)
     flow = DataFlow(origins=True)
     flow.label(x, "batch:0")
+    flow.begin_axes([x])
     with flow:
         t, key = x, x[:, 1]
         for _ in range(int(torch.randint(1, 6, (), generator=draw))):
-            t, key = step(draw, t, key)
+            t, key = step(draw, t, key, ways)
         t = t * 1
     assert flow.error is None
     order = flow.orders(t).get(n)

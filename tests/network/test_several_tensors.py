@@ -154,13 +154,14 @@ GATES = {
     "where": lambda h, y: torch.where(y > 0, h, -h),
     "affine": lambda h, y: h * (2 * y - 1),
     "in_place": lambda h, y: h.clone().mul_(y),
+    "where_zero": lambda h, y: torch.where(y == 0, 0.0, h),
+    "written": lambda h, y: h.clone().index_put_(((y == 0).expand_as(h),), torch.tensor(0.5)),
+    "scattered": lambda h, y: h.masked_scatter(y == 0, torch.zeros_like(h)),
 }
 
 
-# By units, a fill may put in what no softmax lets through.
-@pytest.mark.parametrize(
-    ("name", "columns"), [*((name, 1) for name in GATES), *((name, 4) for name in ("mul", "in_place"))]
-)
+@pytest.mark.parametrize("columns", [1, 4])
+@pytest.mark.parametrize("name", GATES)
 def test_zeros_and_ones_that_gate_a_state_are_data(name: str, columns: int):
     model = wired(
         lambda m, x, y: m.last(GATES[name](m.first(x), y)), first=nn.Linear(3, 4), last=nn.Linear(4, 2)
@@ -173,6 +174,76 @@ def test_zeros_and_ones_that_gate_a_state_are_data(name: str, columns: int):
     rest = made - given @ torch.linalg.lstsq(given, made, driver="gelsd").solution
     best = 1 - float(rest.square().sum() / (made - made.mean(0)).square().sum())
     assert by_name(report)["last"] == pytest.approx(best, abs=0.01)
+
+
+CHANNEL_GATES = {
+    "mul": lambda h, y: h * y,
+    "where": lambda h, y: torch.where(y > 0, h, 0.0),
+    "masked_fill": lambda h, y: h.masked_fill(y == 0, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", CHANNEL_GATES)
+@pytest.mark.parametrize("kind", ["sequence", "image"])
+def test_zeros_and_ones_that_gate_channels_are_data(name: str, kind: str):
+    """All positions alike, so that a mean over these is gated, too."""
+    is_image, gate = kind == "image", CHANNEL_GATES[name]
+
+    def run(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        h = m.first(x)
+        return m.last(gate(h, y[:, :, None, None] if is_image else y[:, None]).flatten(1))
+
+    first = nn.Conv2d(3, 4, 3) if is_image else nn.Linear(3, 4)
+    model = wired(run, first=first, last=nn.Linear(36 if is_image else 24, 2))
+    x, y = drawn(4000, 3, 5, 5) if is_image else drawn(4000, 6, 3), (drawn(4000, 4, seed=5) > 0).float()
+    report = report_of(model, x, y, size=500)
+    assert report.reads["last"] == ("first", "input+input#1")
+    given = torch.cat([model.first(x).flatten(1), x.flatten(1), y, torch.ones(4000, 1)], 1)
+    given, made = given.detach().double(), model(x, y).detach().double()
+    rest = made - given @ torch.linalg.lstsq(given, made, driver="gelsd").solution
+    best = 1 - float(rest.square().sum() / (made - made.mean(0)).square().sum())
+    assert by_name(report)["last"] == pytest.approx(best, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    "how", ["scores", "scores_filled", "weights", "weights_bool", "channels_first", "tokens"]
+)
+def test_zeros_and_ones_that_shut_out_positions_are_a_mask(how: str):
+    lengths = drawn(400, 1).abs().mul(3).long().clamp(1, 6)
+    mask = (torch.arange(6) < lengths).float()
+
+    def run(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        if how == "channels_first":
+            return m.last((m.first(x.mT).mT * y[:, None]).sum(2))
+        if how == "tokens":
+            return m.last(m.first(x).masked_fill(y[:, :, None] == 0, 0).sum(1))
+        scores = m.first(x)[..., 0]
+        if how == "scores":
+            weights = scores.masked_fill(y == 0, -torch.inf).softmax(1)
+        elif how == "scores_filled":
+            weights = torch.where(y > 0, scores, -1e9).softmax(1)
+        else:
+            weights = scores.softmax(1).masked_fill(~y if how == "weights_bool" else y == 0, 0)
+        return m.last((weights[:, None] @ x)[:, 0])
+
+    first = {"channels_first": nn.Linear(3, 4), "tokens": nn.Embedding(9, 4)}.get(how, nn.Linear(3, 1))
+    model = wired(run, first=first, last=nn.Linear(3 if first.weight.shape[0] == 1 else 4, 2))
+    x = torch.randint(1, 9, (400, 6)) if how == "tokens" else drawn(400, 6, 3)
+    x = x.mT if how == "channels_first" else x
+    report = report_of(model, x, mask.bool() if how == "weights_bool" else mask)
+    assert "input#1" not in "".join(report.reads["last"])
+    assert not any("data of the batch" in note or "integers" in note for note in report.notes)
+
+
+def test_zeros_and_ones_by_unit_that_are_true_or_false_are_told():
+    model = wired(
+        lambda m, x, y: m.last(m.first(x).masked_fill(~y, 0)),
+        first=nn.Linear(3, 4),
+        last=nn.Linear(4, 2),
+    )
+    notes = report_of(model, drawn(400, 3), drawn(400, 4, seed=5) > 0).notes
+    told = "integers of the batch that go into last beside other numbers are not seen by operators"
+    assert any(told in note for note in notes)
 
 
 def test_a_single_number_of_the_batch_that_weighs_a_state_ends_nothing():

@@ -201,6 +201,33 @@ def test_effects_of_as_many_samples_as_positions_are_those_of_any_other_number(g
         np.testing.assert_allclose(square.values[kind], other.values[kind], rtol=1e-3, atol=1e-9)
 
 
+def test_effects_of_as_many_samples_as_outputs_are_those_of_any_other_number():
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        return m.out(m.mid(m.rnn(x)[0][-1]).tanh())
+
+    torch.manual_seed(0)
+    model = wired(run, rnn=nn.RNN(5, 8), mid=nn.Linear(8, 8), out=nn.Linear(8, 3))
+    x, kinds = sequences(60, 6).transpose(0, 1), ["skip", "linear"]
+    square, other = (component_effects(model, x.split(n, 1), kinds=kinds) for n in (3, 20))
+    assert square.n_samples == other.n_samples == 60
+    for kind in kinds:
+        np.testing.assert_allclose(square.values[kind], other.values[kind], rtol=1e-3, atol=1e-9)
+
+
+def test_effects_cut_no_batch_along_what_may_be_positions():
+    """There are more of these than samples that effects look at."""
+
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        return m.out(m.mid(m.rnn(x)[0][-1]).tanh())
+
+    torch.manual_seed(0)
+    model = wired(run, rnn=nn.RNN(5, 8), mid=nn.Linear(8, 8), out=nn.Linear(8, 3))
+    x = [sequences(60, 40).transpose(0, 1)]
+    few, all_of_them = (component_effects(model, x, kinds=["skip"], samples=n) for n in (30, 512))
+    assert few.n_samples == all_of_them.n_samples == 60
+    np.testing.assert_array_equal(few.values["skip"], all_of_them.values["skip"])
+
+
 def test_outputs_of_as_many_samples_as_positions_are_refused_with_positions_first():
     def run(m: nn.Module, x: Tensor) -> Tensor:
         return m.out(m.rnn(x)[0])

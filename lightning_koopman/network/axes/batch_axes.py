@@ -46,6 +46,8 @@ class BatchAxes:
         self.is_square = False
         self._sizes: dict[int, int] = {}
         self._steps: dict[int, dict[int, int]] = {}
+        # Where the batch's tensors begin in their memory.
+        self._begin: dict[int, int | None] = {}
 
     def begin_at(self, tensor: Tensor, axis: int) -> None:
         """Follow one axis of one tensor, in place of the first axes of the batch's tensors."""
@@ -67,11 +69,47 @@ class BatchAxes:
             second = 1 if tensor.shape[1:2] == (size,) else 0
             steps = {0: _step(tensor, Place(0)), 1: _step(tensor, Place(second))}
             self._set(tensor, steps, is_part=True)
+            address, begin = address_of(tensor), int(tensor.storage_offset()) * tensor.element_size()
+            # Of windows of one series, nobody knows which one a view is of.
+            self._begin[address] = begin if self._begin.get(address, begin) == begin else None
 
     def find(self, tensor: Tensor, which: int) -> Place | None:
         """Find an axis of the batch in a tensor."""
         steps = {} if tensor.is_nested else self._steps.get(address_of(tensor), {})
         return _place(tensor, steps.get(which, 0))
+
+    def tell(self, tensor: Tensor, axis: int, which: int) -> None:
+        """Let an axis be one of the batch, if it is not known which one is."""
+        if self.find(tensor, which) is None and address_of(tensor) and is_all_of_memory(tensor):
+            step = _step(tensor, Place(axis))
+            self._set(tensor, {**self._steps.get(address_of(tensor), {}), which: step}, is_part=False)
+
+    def size(self, which: int) -> int:
+        """Return how many entries an axis of the batch has."""
+        return self._sizes.get(which, 0)
+
+    def entries(self, tensor: Tensor, which: int) -> Tensor | None:
+        """Return along an axis of the batch the place of each entry of a tensor, if memory tells it."""
+        place, count = self.find(tensor, which), self.size(which)
+        if place is None:
+            return None
+        step, width = _step(tensor, place), tensor.element_size()
+        is_whole = tensor.untyped_storage().nbytes() % (step * count) == 0
+        begin = self._begin.get(address_of(tensor), 0 if is_whole else None)
+        if begin is None:
+            # A part of some samples, nobody knows which.
+            return None
+        first = int(tensor.storage_offset()) * width - begin
+        found, inner = torch.full([1] * tensor.ndim, first, device=tensor.device), first % step
+        for stride, axis in sorted((stride, axis) for axis, stride in enumerate(tensor.stride())):
+            reach = stride * width * (tensor.shape[axis] - 1)
+            if inner + reach < step:
+                # All are of one entry of the axis.
+                inner += reach
+                continue
+            places = torch.arange(tensor.shape[axis], device=tensor.device) * stride * width
+            found = found + places.view(-1, *[1] * (tensor.ndim - axis - 1))
+        return (found // step % count).expand(tensor.shape)
 
     def is_along(self, tensor: Tensor, axis: int, which: int) -> bool | None:
         """Tell whether a tensor's axis is one of the batch, or known to be another of that size."""

@@ -35,30 +35,41 @@ def are_zeros_and_ones(tensor: Tensor) -> bool:
     return bool(zeros.any()) and bool(ones.any()) and bool((zeros | ones).all())
 
 
+_GATING = frozenset({"mul", "where", "masked_fill", "masked_scatter", "index_put", "_index_put_impl"})
+"""Operators that weigh or shut out what they read, by what is beside it."""
+
+
 def gates(
     operator: str,
     tensor: Tensor,
     states: Sequence[Tensor],
     data: Sequence[Tensor],
     batch: Iterable[Tensor],
+    out: Any,
 ) -> bool:
     """Check whether numbers made of ``data`` weigh or shut out all of a state, and not its positions.
 
-    One number per sample does, and as many as units of states, if no sequence of the batch is as long.
+    One number per sample does, and one per unit or channel, if no sequence of the batch is as long and
+    no softmax shuts out what is put in.
     """
     known = (tensor, *states, *data)
-    if operator not in ("mul", "where", "masked_fill") or any(t.is_nested or not t.ndim for t in known):
+    if operator not in _GATING or any(t.is_nested or not t.ndim for t in known):
         return False
-    if any(t.shape[:1] != data[0].shape[:1] or t.numel() > tensor.numel() for t in data):
+    count = len(data[0])
+    if any(len(t) != count or t.numel() > tensor.numel() for t in data):
         return False
-    if tensor.numel() == len(data[0]):
+    if tensor.numel() == count:
         return True
-    plain = (t for t in batch if not t.is_nested)
-    sequences = (t for t in plain if t.ndim > 2 or (t.ndim == 2 and not t.is_floating_point()))
-    lengths = {size for t in sequences for size in t.shape[1:]}
-    has_units = tensor.shape[0] == len(data[0]) and all(t.ndim == 2 for t in states)
-    # Other operators may put in what no softmax lets through.
-    return operator == "mul" and has_units and lengths.isdisjoint(tensor.shape[1:])
+    n_axes = max((t.ndim for t in states), default=0)
+    # Of states with positions, units are along the last axis, and channels of images along the second.
+    axis = 1 if n_axes != 3 else 2
+    is_by_unit = tensor.ndim == n_axes and tensor.shape[axis] * count == tensor.numel()
+    if not is_by_unit or len(tensor) != count or not isinstance(out, Tensor) or shuts_some_out(out):
+        return False
+    own = {t.data_ptr() for t in data}
+    plain = (t for t in batch if not t.is_nested and t.data_ptr() not in own)
+    kept = (t for t in plain if t.ndim > 2 or (t.ndim == 2 and (n_axes > 2 or not is_real(t))))
+    return tensor.shape[axis] not in {size for t in kept for size in t.shape[1:]}
 
 
 def has_positions(tensor: Tensor) -> bool:
@@ -72,7 +83,12 @@ def shuts_out(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or tensor.is_nested or tensor.ndim < 2 or len(tensor) < 2:
         return False
     out = tensor < _SHUT_OUT
-    return bool(out.any()) and bool((out | (tensor == tensor.amax(dim=0))).all())
+    return shuts_some_out(tensor) and bool((out | (tensor == tensor.amax(dim=0))).all())
+
+
+def shuts_some_out(tensor: Tensor) -> bool:
+    """Check whether there are scores that no softmax lets through."""
+    return tensor.is_floating_point() and bool((tensor < _SHUT_OUT).any())
 
 
 _SHUT_OUT = -1e3

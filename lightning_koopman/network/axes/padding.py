@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -81,6 +82,10 @@ def with_padding(
         return dict(forms)
     data = list(tensors_inside(batch))
     told = {**valid, **packed}
+    named = _names_in(batch)
+    names = {
+        i: named[id(t)] for i, t in enumerate(data) if named.get(id(t), "").lower() not in {"", *told}
+    }
 
     @functools.cache
     def told_up_to(name: str, size: int) -> tuple[Tensor, dict[int, bool]]:
@@ -123,30 +128,68 @@ def with_padding(
         best = [name for name in fit if about[name]] or [n for n in fit if about[n] is None]
         if not best:
             return form
-        # Of what all data agree with, that which leaves out most, and "mask" may be of anything.
-        name = min(best, key=lambda name: (name == "mask", int(masks[name].sum())))
+        # Of what all data agree with, that which leaves out most, and "mask" may be of anything. Where
+        # none leaves out any, that of the name most like the data's.
+        own, others = (
+            [names[i] for i in range(len(data)) if i in names and (i in record.positions) == is_own]
+            for is_own in (True, False)
+        )
+        name = min(
+            best,
+            key=lambda name: (
+                name == "mask",
+                int(masks[name].sum()),
+                _likeness(name, others) - _likeness(name, own) if own else 0,
+            ),
+        )
         return replace(form, padding=name)
 
     return {name: padded(of[name], form) if name in of else form for name, form in forms.items()}
 
 
-def with_places(records: Sequence[Recorded], valid: Valid) -> dict[str, Recorded]:
+def _names_in(batch: Any) -> dict[int, str]:
+    """Find what the tensors of a batch are called, by their ``id``."""
+    if isinstance(batch, Tensor):
+        return {}
+    found = {id(value): name for name, value in by_name(batch).items() if isinstance(name, str)}
+    for inner in parts_of(batch):
+        found |= _names_in(inner)
+    return found
+
+
+def _likeness(name: str, others: Iterable[str]) -> int:
+    """Count the letters that a name and the most alike of others begin with."""
+    pairs = (zip(name, other.lower(), strict=False) for other in others)
+    begins = (itertools.takewhile(lambda pair: pair[0] == pair[1], each) for each in pairs)
+    return max((len(list(each)) for each in begins), default=0)
+
+
+def with_places(
+    records: Sequence[Recorded], valid: Valid, varying: Collection[str] = ()
+) -> dict[str, Recorded]:
     """Give what the network adds to all samples alike, as position embeddings, a row for each of them.
 
-    So it is where samples are padded apart, for means over what holds data then differ.
+    So it is where samples are padded apart, for means over what holds data then differ, or where it is
+    among what is known to be ``varying`` in later batches.
     """
     found = {}
     for record in records:
         tensor = record.tensor[None] if record.tensor.ndim == 2 else record.tensor
         if not record.is_idle or tensor.ndim != 3:
             continue
-        size = tensor.shape[1]
-        masks = (each if each.ndim > 1 else up_to(each, size) for each in valid.values())
-        counts = {len(m) for m in masks if m.shape[1] == size and bool((m != m[:1]).any())}
+        masks = masks_of(tensor.shape[1], valid)
+        is_known = record.name in varying
+        counts = {len(m) for m in masks if is_known or bool((m != m[:1]).any())}
         if len(counts) == 1 and len(tensor) in (1, n_samples := counts.pop()):
             spread = tensor.expand(n_samples, -1, -1)
             found[record.name] = replace(record, tensor=spread, is_idle=False, ignores_data=False)
     return found
+
+
+def masks_of(size: int, valid: Valid) -> list[Tensor]:
+    """Return the masks of so many positions, also those that lengths stand for."""
+    masks = (each if each.ndim > 1 else up_to(each, size) for each in valid.values())
+    return [mask for mask in masks if mask.shape[1] == size]
 
 
 def valid_outputs(
@@ -213,7 +256,7 @@ def _pads(mask: Tensor, data: Tensor) -> bool | None:
         return None
     if data.shape[:2] != mask.shape:
         data = data.transpose(0, 1)
-    if data.shape[:2] != mask.shape or not varies(data) or is_mask(data):
+    if data.shape[:2] != mask.shape or not (len(mask) == 1 or varies(data)) or is_mask(data):
         return None
     padding = data[~mask.to(data.device)]
     return bool((padding == padding[:1]).all())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -9,10 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_koopman.network.operators import COPIES, PRODUCTS, PUTS, Operator
+from lightning_koopman.network.axes.batch_axes import BatchAxes
+from lightning_koopman.network.axes.moves import MOVES, may_move_samples, move, rows_along, values_moved
+from lightning_koopman.network.operators import COPIES, PRODUCTS, PUTS, VIEWS, Operator
 from lightning_koopman.network.tensors import (
     address_of,
     all_tensors,
+    dense,
     is_all_of_memory,
     view_of_memory,
 )
@@ -72,6 +77,7 @@ _MET = -1
 _SLICES = frozenset({"slice", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"})
 _ADDS = frozenset({"index_add", "index_reduce", "scatter_add", "scatter_reduce"})
 _PUTS = PUTS | _ADDS
+_SCANS = frozenset({"cumsum", "cumprod", "logcumsumexp", "cummax", "cummin"})
 _COPIES = COPIES | {"copy"}
 
 
@@ -79,15 +85,16 @@ class RowOrders:
     """The orders of rows of all tensors of one pass, by their memory, as views share it.
 
     Rows are told along the axis of the samples, or the first one where that is not known; those that
-    are picked or put somewhere also along the second of three. What is not told apart (neighbours of
-    each row, sums over rows) counts as in order.
+    are picked or put somewhere also along the second of three. Of operators that move entries in other
+    ways, the numbers of rows are moved instead, see :mod:`.moves`. What is not told apart (neighbours of
+    each row that are picked or put one by one) counts as in order.
 
     Args:
         is_data: Tells whether a tensor is made of the batch.
         is_fixed: Tells whether an index is the same for every batch of this size.
         merges: Tells which axes were merged into first ones of a tensor's memory, by their sizes.
-        is_along: Tells whether an axis of a tensor is that of the samples, and not another one of that
-            size; ``None`` where this is not known.
+        axes: Tells where samples are in tensors, as far as that is known.
+        which: By which axis of the batch's tensors samples are told.
         keep: Called with each tensor that has orders, so that its address is not given to another.
 
     Attributes:
@@ -101,11 +108,12 @@ class RowOrders:
         is_data: Callable[[Tensor], bool],
         is_fixed: Callable[[Tensor], bool],
         merges: Callable[[Tensor], Mapping[int, tuple[int, ...]]],
-        is_along: Callable[[Tensor, int], bool | None],
+        axes: BatchAxes,
+        which: int,
         keep: Callable[[Tensor], None],
     ) -> None:
         self._is_data, self._is_fixed, self._merges, self._keep = is_data, is_fixed, merges, keep
-        self._is_along = is_along
+        self._axes, self._which = axes, which
         # Views that are slices have orders of their own, beside those of all of the memory.
         self._of: dict[int, dict[Any, Orders]] = {}
         self._met: dict[int, frozenset[int]] = {}
@@ -130,6 +138,22 @@ class RowOrders:
         if drawn:
             self._of[address_of(tensor)] = {None: {s: orders[s] for s in orders.keys() - {*drawn}}}
 
+    def _is_along(self, tensor: Tensor, axis: int) -> bool | None:
+        """Tell whether samples are along an axis and no other one, ``None`` where this is not known."""
+        is_along = self._axes.is_along(tensor, axis, self._which)
+        return is_along and not self._is_part(tensor, axis)
+
+    def _is_part(self, tensor: Tensor, axis: int) -> bool:
+        """Check whether samples are along this axis and another one, as if they were cut into parts."""
+        if self._axes.find(tensor, self._which) != (axis, 1):
+            return False
+        size, stride = tensor.shape[axis], tensor.stride(axis)
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        is_cut = size < self._axes.size(self._which) and (size * stride) in (
+            step for count, step in steps if count > 1
+        )
+        return is_cut and self._axes.entries(tensor, self._which) is not None
+
     def follow(
         self, op: Operator, args: Sequence[Any], reads: Sequence[Tensor], out: Any
     ) -> Sequence[Tensor]:
@@ -140,9 +164,13 @@ class RowOrders:
         """
         self._indices: list[Tensor] = []
         self.is_whole_again = False
-        if any(tensor.is_nested or not address_of(tensor) for tensor in reads):
+        if any(tensor.is_nested for tensor in reads):
             return ()
-        found = self._changed(op.name, args, out)
+        found = self._multiplied(op.name, args, out)
+        if found is None and not all(map(address_of, reads)):
+            return ()
+        found = self._changed(op.name, args, out) if found is None else found
+        found = self._moved(op, args, out) if found is None else found
         if found is None:
             if not self._of:
                 return ()
@@ -167,6 +195,8 @@ class RowOrders:
         met = frozenset[int]().union(*(self._met.get(place, ()) for place in places))
         for tensor in reads if op.name not in _COPIES else ():
             split = {size for size in self._known_merges(tensor) if self._is_split(tensor, size)}
+            # Where samples go that are but moved is told.
+            split -= {self._axes.size(self._which)} if op.name in MOVES else set()
             if split and op.is_pointwise and made[0].numel() == tensor.numel():
                 same = (other for other in reads if address_of(other) == address_of(tensor))
                 if all(view_of_memory(other) == view_of_memory(tensor) for other in same):
@@ -248,10 +278,14 @@ class RowOrders:
         if name in ("sort", "topk") and isinstance(out, tuple | list):
             source, (values, index) = args[0], out
             if not source.ndim or source.numel() != len(source):
-                return None
+                return self._compared(name, args, out)
             return [(values, self._taken(source, 0, index.flatten())), (index, NO_ORDERS)]
         if name == "cat":
             return self._put_together(args, out)
+        if name in VIEWS:
+            return self._viewed(args[0], out)
+        if name == "unique_dim" or name in _SCANS:
+            return self._compared(name, args, out)
         if name in ("select", "unbind"):
             return self._single(name, args, out)
         if name == "stack":
@@ -269,17 +303,68 @@ class RowOrders:
             return None
         axis, index = picked
         source = args[0]
+        if self._is_part(source, axis):
+            return None
         if not (self.of(source) or self._is_data(source)):
             # What a table holds is as the numbers are that it is asked for.
             return None
         if index is None:
-            return [(out, self._scrambled(source, axis, name))]
+            return None if name == "index" else [(out, self._scrambled(source, axis, name))]
         indices = all_tensors(args[1:])
         fixed = name not in ("flip", "roll") and all(map(self._is_fixed, indices))
         are_all = len(index) == source.shape[axis] and _are_different(index)
         if len(indices) == 1 and self._is_data(source) and are_all:
             self._indices = indices
         return [(out, self._taken(source, axis, index, moved=not fixed))]
+
+    def _viewed(self, source: Tensor, out: Tensor) -> list[tuple[Tensor, Orders]] | None:
+        """Return the orders of rows of which several were one along an axis before."""
+        known = self.of(source)
+        order = known.get(len(source)) if source.ndim else None
+        n_rows, size = (len(out) if out.ndim else 0), (len(source) if source.ndim else 0)
+        count = self._axes.size(self._which)
+        if order is None or n_rows < 2 or n_rows >= size or size % n_rows:
+            return None
+        if size == count:
+            # Memory tells where samples are now.
+            self._axes.tell(source, 0, self._which)
+            return None
+        inner = size // n_rows
+        rows, is_own = order.rows.view(n_rows, inner), order.base == size and _are_different(order.rows)
+        both = [(n_rows, 0, rows.div(inner, rounding_mode="floor") if is_own else rows)]
+        # Of two axes of one size, the second are positions.
+        if out.ndim > 1 and out.shape[1] == inner != n_rows:
+            both.append((inner, 1, torch.where(rows < 0, rows, rows % inner) if is_own else rows))
+        found = dict(known)
+        for length, axis, numbers in both:
+            told = rows_along(numbers + 1, axis)
+            after = order._replace(rows=_places(length, rows), base=length if is_own else order.base)
+            if told is not None:
+                found.pop(size, None)
+                after = after._replace(rows=told - 1)
+                if length == count and not is_own:
+                    self._axes.tell(out, axis, self._which)
+            elif length == count:
+                after = after._replace(mixed=True)
+            else:
+                continue
+            if not (after.is_undone if axis == 0 else after.is_own and not after.mixed):
+                found[length] = after
+        return [(out, found)]
+
+    def _compared(self, name: str, args: Sequence[Any], out: Any) -> list[tuple[Tensor, Orders]] | None:
+        """Return the orders where rows are sorted, or added up one behind the other, by columns."""
+        source, dim = args[0], _argument(args, 2 if name == "topk" else 1, -1)
+        axis = dim % max(1, source.ndim)
+        size = source.shape[axis] if source.ndim else 0
+        if not size or not (self._is_along(source, axis) or (axis == 0 and size in self.of(source))):
+            return None
+        if name != "unique_dim":
+            return [(tensor, self._scrambled(source, axis, "gather")) for tensor in all_tensors(out)]
+        kinds = torch.unique(source, dim=axis, return_inverse=True)[1]
+        index = torch.empty(int(kinds.max()) + 1, dtype=torch.long, device=kinds.device)
+        index[kinds] = _places(size, kinds)
+        return [(out[0], self._taken(source, axis, index)), *((each, NO_ORDERS) for each in out[1:])]
 
     def _sliced(self, name: str, args: Sequence[Any], out: Any) -> list[tuple[Tensor, Orders]] | None:
         source, dim = args[0], _argument(args, 1 if name == "slice" else 2, 0)
@@ -308,12 +393,22 @@ class RowOrders:
             return known
         index = index.long() % max(1, size)
         merged = self._merges(source).get(size, ()) if axis == 0 else ()
+        place, count = self._axes.find(source, self._which), self._axes.size(self._which)
+        outer = next((n for n in itertools.accumulate(merged, operator.mul) if n in known), size)
+        if before is None and (whole := known.get(outer)) is not None:
+            # Of rows that lie one behind the other in those that had been moved before.
+            inner = size // outer
+            rows = whole.rows[:, None] * inner + _places(inner, whole.rows)
+            before = whole._replace(rows=rows.flatten(), base=whole.base * inner)
         if before is not None:
             order = before._replace(
                 rows=before.rows[index.to(before.rows.device)], moved=moved or before.moved
             )
         elif len(merged) == 2 and merged[0] < 0:
             order = Order(index % merged[1], merged[1], moved)
+        elif len(index) == count < size and place is not None and place.inner > 1 and axis == place.axis:
+            # One of several rows of each sample, as of a class token, or so it seems.
+            order = Order(index // place.inner % count, count, moved)
         else:
             order = Order(index, size, moved)
         undone = not order.mixed and order.is_own
@@ -322,11 +417,137 @@ class RowOrders:
         if is_second and not (undone and before is not None):
             # Of two axes of one size, the second are positions, unless it brings rows back.
             return known
-        others = _without(known, size)
+        others = {s: o for s, o in known.items() if s not in (size, outer, *merged)}
         if len(index) in others and not (merged or moved):
             # Of packed sequences, that of the samples, in whatever step.
             return others
         return others if undone else {**others, len(index): order}
+
+    def _multiplied(
+        self, name: str, args: Sequence[Any], out: Any
+    ) -> list[tuple[Tensor, Orders]] | None:
+        """Return the orders where a matrix that is multiplied by rows picks them, or adds some up."""
+        if name not in PRODUCTS or not isinstance(out, Tensor):
+            return None
+        left, right = args[PRODUCTS[name] :][:2]
+        if left.ndim != right.ndim:
+            return None
+        for rows, matrix, axis in ((right, left, right.ndim - 2), (left, right, left.ndim - 1)):
+            if address_of(rows) == 0 or not self._is_data(rows):
+                continue
+            size, known = rows.shape[axis], self.of(rows)
+            is_along = self._is_along(rows, axis)
+            if not (is_along or (is_along is None and size in known)):
+                continue
+            marks = dense(matrix.detach()) != 0
+            marks = marks.flatten(0, -3).any(dim=0) if marks.ndim > 2 else marks
+            marks = marks if rows is right else marks.t()
+            fixed = self._is_fixed(matrix)
+            if bool((marks.sum(dim=1) == 1).all()):
+                index, are_ones = marks.int().argmax(dim=1), bool((dense(matrix) <= 1).all())
+                is_order = are_ones and len(index) == size and _are_different(index)
+                self._indices = [matrix] if is_order else []
+                if len(index) == self._axes.size(self._which):
+                    self._axes.tell(out, axis, self._which)
+                return [(out, self._taken(rows, axis, index, moved=not fixed))]
+            before = known.get(size) or Order(_places(size, rows), size, moved=False)
+            met = {size: before._replace(mixed=True)} if len(marks) == size else {}
+            return [(out, {**_without(known, size), **met})]
+        return None
+
+    def _moved(self, op: Operator, args: Sequence[Any], out: Any) -> list[tuple[Tensor, Orders]] | None:
+        """Return the orders where an operator moves entries otherwise than by an axis of rows."""
+        values = values_moved(op, args)
+        if not any(
+            self._is_data(tensor) and may_move_samples(op, args, tensor, self._axes, self._which)
+            for tensor in values
+        ):
+            return None
+        seen, bases = list[tuple[int, Order]](), set[int]()
+
+        def numbers(tensor: Tensor) -> Tensor | None:
+            if not self._is_data(tensor):
+                return torch.zeros(tensor.shape, device=tensor.device)
+            told = self._entries(tensor)
+            if told is None:
+                return None
+            rows, base, order = told
+            seen.extend(order)
+            bases.add(base)
+            return rows.float() + 1
+
+        told = move(op, args, numbers)
+        if told is None or len(bases) != 1 or bases == {1}:
+            return None
+        base = bases.pop()
+        others = self._joined(values)
+        for size, _ in seen:
+            others = _without(others, size)
+        indices = [t for t in all_tensors(args) if all(t is not value for value in values)]
+        fixed = all(map(self._is_fixed, indices))
+        orders, found = [order for _, order in seen], list[tuple[Tensor, Orders]]()
+        for tensor, each in zip(all_tensors(out), told, strict=True):
+            laid = self._laid_out(tensor, each.long() - 1, base, orders, others, fixed=fixed)
+            if laid is None:
+                return None
+            found.append((tensor, laid))
+            self._indices = indices if (each > 0).all() and each.numel() == values[0].numel() else []
+        return found
+
+    def _entries(self, tensor: Tensor) -> tuple[Tensor, int, list[tuple[int, Order]]] | None:
+        """Return which row each entry of a tensor is of, of how many, and the orders that tell."""
+        known = self.of(tensor)
+        if (row := known.get(_ROW)) is not None:
+            return row.rows.view([1] * tensor.ndim).expand(tensor.shape), row.base, [(_ROW, row)]
+        place, count = self._axes.find(tensor, self._which), self._axes.size(self._which)
+        axis = 0 if place is None else place.axis
+        if not tensor.ndim:
+            return None
+        size = tensor.shape[axis]
+        ends = [1] * (tensor.ndim - axis - 1)
+        is_alone = place is None or (place.inner == 1 and not self._is_part(tensor, axis))
+        if is_alone and (order := known.get(size)) is not None:
+            return order.rows.view(-1, *ends).expand(tensor.shape), order.base, [(size, order)]
+        if place is None:
+            return _places(size, tensor).view(-1, *ends).expand(tensor.shape), size, []
+        entries = self._axes.entries(tensor, self._which)
+        if entries is None or (order := known.get(count)) is None:
+            return None if entries is None else (entries, count, [])
+        return (order.rows[entries], order.base, [(count, order)]) if order.is_of_all else None
+
+    def _laid_out(
+        self,
+        tensor: Tensor,
+        numbers: Tensor,
+        base: int,
+        seen: Sequence[Order],
+        others: Orders,
+        *,
+        fixed: bool,
+    ) -> Orders | None:
+        """Return the orders of what holds entries of some rows, ``None`` where these stay in place."""
+        place = self._axes.find(tensor, self._which)
+        if not seen and place is not None and base == self._axes.size(self._which):
+            entries = self._axes.entries(tensor, self._which)
+            if entries is not None and bool(((numbers == entries) | (numbers < 0)).all()):
+                return None
+        axes = [*range(tensor.ndim)]
+        axes.sort(key=lambda axis: place is None or axis != place.axis)
+        told = ((axis, rows_along(numbers + 1, axis)) for axis in axes)
+        axis, rows = next(((k, each) for k, each in told if each is not None), (0, None))
+        if rows is None and tensor.is_contiguous() and tensor.numel() % base == 0:
+            rows = rows_along(numbers.reshape(base, -1) + 1, 0)
+        moved, mixed = not fixed or any(o.moved for o in seen), any(o.mixed for o in seen)
+        if rows is None:
+            return {**others, base: Order(_places(base, numbers), base, moved, mixed=True)}
+        is_whole = len(rows) == tensor.shape[axis] == self._axes.size(self._which)
+        if is_whole and _are_different(rows[rows > 0]):
+            self._axes.tell(tensor, axis, self._which)
+        order = Order(rows - 1, base, moved, mixed)
+        # Where some rows are of none yet, others may be added there.
+        undone = not mixed and order.is_own and bool(rows.all())
+        undone = undone and (not moved or any(not o.is_own for o in seen))
+        return others if undone else {**others, len(rows): order}
 
     def _scrambled(self, source: Tensor, axis: int, name: str) -> Orders:
         """Return the orders where rows are made of several ones, or of neighbours that are named."""

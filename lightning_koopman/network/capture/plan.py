@@ -46,6 +46,7 @@ class Plan:
         notes: What a reader of the report must know beside what :attr:`constant` says.
         constant: Names that are left out for they were the same for all samples of the first batch.
         alike: Those of them that data reach.
+        places: Those that the network makes of what it holds itself.
         in_turns: Components that get other samples in each batch, or none.
     """
 
@@ -56,6 +57,7 @@ class Plan:
     notes: tuple[str, ...]
     constant: tuple[str, ...] = ()
     alike: tuple[str, ...] = ()
+    places: frozenset[str] = frozenset()
     in_turns: frozenset[str] = frozenset()
 
     def told(self, varying: Collection[str] = ()) -> list[str]:
@@ -153,7 +155,7 @@ def make_plan(
             f"the output of interest {end!r} did not run in the forward pass; what ran is {ran}"
         )
     records, forms, n_samples, placed = _with_forms(
-        given, records, tensors, read, batch, valid, reduce, max_dim
+        given, records, tensors, read, batch, valid, reduce, max_dim, varying
     )
     if (count := rows_without_samples(n_samples, batch)) is not None:
         notes.append(
@@ -165,8 +167,6 @@ def make_plan(
     if not named:
         records = _without_comparisons(records, graph, returned, end, notes)
     mixed = {r.name for r in records if r.mixes(forms[r.name]) or r.strays(forms[r.name])}
-    # What is mixed once stays mixed.
-    met = [r.name for r in records if r.name in mixed and not (r.is_input or mixed & graph[r.name])]
     untold = [r.name for r in records if r.may_be_turned(forms[r.name])]
     turned = {
         r.name
@@ -184,7 +184,9 @@ def make_plan(
         # Named ones stay; data beside them, as features of edges beside nodes, need not.
         kept = {record.name for record in records if not record.is_input}
     if not named or any(not graph[name] for name in kept & graph.keys()):
-        kept |= {*varying, *placed, *(record.name for record in records if is_sum(record.name))}
+        # Positions that vary, for all that is known, may have no mask that is about them.
+        kept |= {*varying} - {record.name for record in records if record.is_idle}
+        kept |= {*placed, *(record.name for record in records if is_sum(record.name))}
         constant = leave_out_unfit(
             records, forms, graph, kept, n_samples, notes, turned, n_samples == rows_given(batch)
         )
@@ -200,7 +202,9 @@ def make_plan(
     graph = _leading_to(ends, graph, inputs, notes)
     if end is None:
         _note_first_returned(ends, graph, inputs, returned, notes)
-    _note_rows([n for n in met if n in graph], [n for n in untold if n in graph], notes)
+    # What is mixed once stays mixed.
+    met = [name for name in graph if name in mixed - inputs and not mixed & graph[name]]
+    _note_rows(met, [name for name in untold if name in graph], notes)
     states = in_order(graph, ends)
     names = tuple(called(group, ran, inputs) for group in states)
     links = links_between(states, graph)
@@ -225,6 +229,7 @@ def make_plan(
         notes=tuple(notes),
         constant=tuple(constant),
         alike=tuple(name for name in constant if name in reached),
+        places=frozenset(r.name for r in records if r.name in constant and r.is_idle),
         in_turns=in_turns - {module_of(name) for group in recorded for name in group},
     )
 
@@ -238,13 +243,14 @@ def _with_forms(
     valid: Valid,
     reduce: ReduceOption,
     max_dim: int,
+    varying: Collection[str],
 ) -> tuple[list[Recorded], dict[str, RowForm], int, set[str]]:
     """Settle how all that was recorded becomes rows, and leave out of calls what has not one per sample.
 
     Returns the records of calls, forms, how many samples there are, and what is added to all alike.
     """
     records = _ignoring(records)
-    places = with_places(records, valid)
+    places = with_places(records, valid, varying)
     records = [places.get(record.name, record) for record in records]
     ran = {record.name for record in records}
     beside = [r for inside in tensors.values() for r in inside if r.name not in ran]

@@ -67,8 +67,8 @@ class DataFlow(Watcher):
     Args:
         origins: Whether there are labels of coordinates, which operators make of nothing, of random
             numbers, and of what was read without a label, and orders of rows.
-        on_mix: Called with what an operator reads, where that is several tensors, their labels, and the
-            operator's name; says of which ones the labels go no further.
+        on_mix: Called with what an operator reads, where that is several tensors, their labels, the
+            operator's name, and what it gave; says of which ones the labels go no further.
         on_sum: Called with each sum of what was labelled that an operator is about to go on with, unless
             it adds or weighs alone.
 
@@ -91,7 +91,7 @@ class DataFlow(Watcher):
         self,
         *,
         origins: bool = False,
-        on_mix: Callable[[Sequence[Tensor], Sequence[frozenset[str]], str], set[int]] | None = None,
+        on_mix: Callable[[Sequence[Tensor], Sequence[frozenset[str]], str, Any], set[int]] | None = None,
         on_sum: OnSum | None = None,
     ) -> None:
         super().__init__()
@@ -125,10 +125,8 @@ class DataFlow(Watcher):
         return tuple(self._axes.is_along(tensor, axis, which) for which in range(2))
 
     def _rows_along(self, which: int) -> RowOrders:
-        def is_along(tensor: Tensor, axis: int) -> bool | None:
-            return self._axes.is_along(tensor, axis, which)
-
-        return RowOrders(self._is_data, self._is_own, self._merged.of, is_along, self._keep_address)
+        rows = self._merged.of, self._axes, which
+        return RowOrders(self._is_data, self._is_own, *rows, self._keep_address)
 
     @kept_out_of_the_pass()
     def begin_axes(self, tensors: Iterable[Tensor]) -> None:
@@ -268,7 +266,7 @@ class DataFlow(Watcher):
                 reads, known = _without_sorts(reads, known, sorts)
                 ends = set()
         if self._on_mix is not None and len(known) > 1:
-            ends |= self._on_mix(reads, known, op.name)
+            ends |= self._on_mix(reads, known, op.name, out)
         labels = _NOTHING.union(*(of for i, of in enumerate(known) if i not in ends))
         if self._origins:
             unlabelled = [reads[i] for i, of in enumerate(known) if not of and i not in ends]

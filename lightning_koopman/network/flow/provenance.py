@@ -99,7 +99,7 @@ class Provenance:
         return found
 
     def _note_change(
-        self, reads: Sequence[Tensor], known: Sequence[frozenset[str]], operator: str
+        self, reads: Sequence[Tensor], known: Sequence[frozenset[str]], operator: str, out: Any
     ) -> set[int]:
         """Note which data of the batch an operator puts to states otherwise than they came.
 
@@ -121,7 +121,7 @@ class Provenance:
             if (
                 operator in ("cat", "stack")
                 or (operator == "add" and are_zeros_and_ones(tensor))
-                or gates(operator, tensor, states, data, self.data)
+                or gates(operator, tensor, states, data, self.data, out)
             ):
                 self.beside |= names
             elif tensor.dtype == torch.bool or (tensor.is_floating_point() and is_mask(tensor)):

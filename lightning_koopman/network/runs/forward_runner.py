@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from lightning_koopman.network.access.isolation import random_states_kept, seed_all
 from lightning_koopman.network.arguments import INTEGER, check_type
 from lightning_koopman.network.axes.batch_axes import Place
+from lightning_koopman.network.axes.forms import has_batch_second
 from lightning_koopman.network.flow.dataflow import DataFlow
 from lightning_koopman.network.names import further_name
 from lightning_koopman.network.runs.forward import (
@@ -160,8 +161,9 @@ class ForwardRunner:
         samples: int | None = None,
     ) -> None:
         with random_states_kept(batches):
-            taken = batches if samples is None else first_samples(batches, samples)
-            self.model, self.batches = model, list(taken)
+            if samples is not None:
+                batches = first_samples(batches, samples, may_be_second=has_batch_second(model))
+            self.model, self.batches = model, list(batches)
         self.forward_fn = default_forward if forward_fn is None else forward_fn
         self.form = OutputForm()
         self.notes: list[str] = []

@@ -99,11 +99,16 @@ def samples_in(batch: Any) -> int:
     return n_graphs(tensors) or (len(tensors[0]) if tensors else 1)
 
 
-def first_samples(batches: Iterable[Any], count: int) -> Iterator[Any]:
-    """Take batches until they hold so many samples, of the last only some if it is plain enough."""
+def first_samples(batches: Iterable[Any], count: int, *, may_be_second: bool = False) -> Iterator[Any]:
+    """Take batches until they hold so many samples, of the last only some if it is plain enough.
+
+    None is cut of which samples ``may_be_second``, along the second axis, for all that it shows.
+    """
     for batch in batches:
         size = samples_in(batch)
-        yield batch if size <= count else _cut(batch, size, count)
+        shows_none = all(1 < tensor.ndim < 4 for tensor in all_tensors(batch) if tensor.ndim)
+        is_whole = size <= count or (may_be_second and shows_none)
+        yield batch if is_whole else _cut(batch, size, count)
         count -= size
         if count <= 0:
             return
