@@ -326,6 +326,13 @@ class DataFlow(Watcher):
             unlabelled = (reads[i] for i, of in enumerate(known) if not of and i not in ends)
             if not all(address_of(t) in self._blank or _is_one_value(t) for t in unlabelled):
                 labels |= {UNKNOWN}
+            elif reads and not labels and not all(
+                # What is written to a part may differ from the rest.
+                _is_one_value(t) and (is_all_of_memory(t) or not func._schema.is_mutable)
+                for t in flat([out])
+            ):
+                # Of one value all over, functions make coordinates, as masks of what is before.
+                labels = frozenset({OWN})
         if self._origins:
             # A mask says which entries count, and is nothing that is added up.
             own = [_NOTHING if i in ends else of - ORIGINS for i, of in enumerate(known)]
@@ -397,10 +404,14 @@ class DataFlow(Watcher):
         turns = kwargs.get("memory_format") not in (None, torch.preserve_format)
         is_view = func.is_view and (name not in _CUT or _leaves_all(name, args))
         is_kept = name in _LINEAR or name in _SHAPE_ONLY or is_view
+        tensors = list(flat((*args, *kwargs.values())))
+        # A square, as x * x.
+        is_kept &= name != "mul" or len({address_of(tensor) for tensor in tensors}) == len(tensors)
         if is_kept and not turns:
             return
         goes_on = torch.Tag.pointwise in func.tags or name in _GO_ON | _BESIDE
-        for place, tensor in enumerate(flat((*args, *kwargs.values()))):
+        goes_on |= _is_per_position(func, args, kwargs)
+        for place, tensor in enumerate(tensors):
             if self.sum_in(tensor) is not None and not (is_kept and self.as_added(tensor) is tensor):
                 show(tensor, name, place, goes_on)
 
@@ -525,6 +536,17 @@ class DataFlow(Watcher):
         address = address_of(tensor) if address is None else address
         if address not in self._alive:
             self._alive[address] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def _is_per_position(func: Any, args: tuple[Any, ...], kwargs: Any) -> bool:
+    """Check whether an operator gives numbers by position, as norms divide what they are of by."""
+    named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    dims, tensor = named.get("dim"), args[0] if args else None
+    if not (named.get("keepdim") and isinstance(tensor, Tensor)):
+        return False
+    axes = [axis % tensor.ndim for axis in ([dims] if isinstance(dims, int) else dims or ())]
+    # Channels come last, but for those of images.
+    return axes == [tensor.ndim - 1] or (axes == [1] and tensor.ndim > 3)
 
 
 def _leaves_all(name: str, args: tuple[Any, ...]) -> bool:

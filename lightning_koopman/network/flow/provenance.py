@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_koopman.network.axes.batch_axes import Place
 from lightning_koopman.network.axes.input_data import (
     are_zeros_and_ones,
     gates,
@@ -185,6 +186,10 @@ class Provenance:
         """Return a sum as it was added up, see :meth:`DataFlow.as_added`."""
         return tensor if self._flow is None else self._flow.as_added(tensor)
 
+    def places(self, tensor: Tensor) -> tuple[Place | None, ...]:
+        """Find the two first axes of the batch in a tensor, see :meth:`DataFlow.places`."""
+        return (None, None) if self._flow is None else self._flow.places(tensor)
+
     def mark_sum(self, tensor: Tensor, name: str, made_of: frozenset[str]) -> None:
         """Let a sum of states count as a state itself."""
         if self._flow is not None:
@@ -265,6 +270,11 @@ class Provenance:
         """Let tensors count as what the network holds itself."""
         if self._flow is not None:
             self._flow.label(list(tensors), OWN)
+
+    def own_weights(self, model: nn.Module) -> None:
+        """Let weights that a functional call put in count as what the network holds itself."""
+        if (flow := self._flow) is not None:
+            self.own([t for t in (*model.parameters(), *model.buffers()) if not flow.labels(t)])
 
     def holds_own(self, value: Any) -> bool:
         """Check whether what the network holds itself is in a value, beside what states are made of."""
