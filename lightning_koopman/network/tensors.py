@@ -377,14 +377,18 @@ def order_of_axes(view: tuple[Any, ...], other: tuple[Any, ...]) -> list[int] | 
     kept = [axis for axis, (size, _) in enumerate(own) if size > 1 or len(own) == len(wanted)]
     if place != other_place or sorted(own[axis] for axis in kept) != sorted(wanted):
         return None
-    pairs = zip(sorted(range(len(wanted)), key=wanted.__getitem__), sorted(kept, key=own.__getitem__))
+    places = sorted(range(len(wanted)), key=wanted.__getitem__)
+    pairs = zip(places, sorted(kept, key=own.__getitem__), strict=True)
     return [axis for _, axis in sorted(pairs)]
 
 
 def with_axes(tensor: Tensor, order: Sequence[int]) -> Tensor:
     """Put axes into an order, without those that it leaves out, of one entry each."""
     left = [axis for axis in range(tensor.ndim) if axis not in order]
-    return tensor.permute(*order, *left)[(..., *[0] * len(left))]
+    tensor = tensor.permute(*order, *left)
+    for _ in left:
+        tensor = tensor.select(-1, 0)
+    return tensor
 
 
 def has_places(tensor: Tensor) -> bool:

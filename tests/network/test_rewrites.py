@@ -71,12 +71,12 @@ def picking_last(word: Word) -> tuple[nn.Module, Tensor]:
 
 
 def steps_first(word: Word) -> tuple[nn.Module, Tensor]:
-    """Adds up states of attention, whose memory is in another order than its axes, and turns the sum."""
+    """Adds up states that lie in memory in another order than their axes, and turns the sum."""
     parts = {"first": nn.Linear(WIDTH, 12), "attention": nn.MultiheadAttention(12, 2)}
 
     def forward(m: Any, x: Tensor) -> Tensor:
-        x = m.first(x.transpose(0, 1))
-        x = m.attention(x, x, x)[0] + x
+        x = m.first(x).transpose(0, 1)
+        x = x + m.attention(x, x, x)[0]
         return m.head(word(x, m.block(x))[:, 0])
 
     return wired(forward, **parts, block=block(12), head=nn.Linear(12, 3)), sequences()
@@ -89,7 +89,8 @@ def pooling(word: Word) -> tuple[nn.Module, Tensor]:
         x = m.first(x)
         return m.head(word(F.layer_norm(x + m.block(x), (12,))))
 
-    return wired(forward, first=nn.Linear(WIDTH, 12), block=block(12), head=nn.Linear(12, 3)), sequences()
+    parts = {"first": nn.Linear(WIDTH, 12), "block": block(12), "head": nn.Linear(12, 3)}
+    return wired(forward, **parts), sequences()
 
 
 def norms(word: Word) -> tuple[nn.Module, Tensor]:
@@ -121,10 +122,12 @@ def placing(word: Word) -> tuple[nn.Module, Tensor]:
 
     def forward(m: Any, x: Tensor) -> Tensor:
         x = word(m.first(x), m.places.weight)
-        return m.head((x + m.block(x)).mean(1))
+        x = x + m.block(x)
+        return m.head((x + m.other(x)).mean(1))
 
     parts = {"first": nn.Linear(WIDTH, 12), "places": nn.Embedding(STEPS, 12)}
-    return wired(forward, **parts, block=block(12), head=nn.Linear(12, 3)), sequences()
+    blocks = {"block": block(12), "other": block(12)}
+    return wired(forward, **parts, **blocks, head=nn.Linear(12, 3)), sequences()
 
 
 def splitting(word: Word) -> tuple[nn.Module, Tensor]:

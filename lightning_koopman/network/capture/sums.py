@@ -235,11 +235,11 @@ class Sums:
         self.takers.note(_Sum(name, place, known, like.name, tuple(axes)))
 
     def _laid_out(self, tensor: Tensor, parts: Sequence[Recorded]) -> tuple[Recorded | None, Tensor]:
-        """Find a state that a sum was made of and has the shape of, and the sum with axes as that has."""
+        """Find a state of the shape of a sum that was made of it, and the sum with its axes as there."""
         whole = self._provenance.as_added(tensor)
         parts = [part for part in parts if part.tensor.numel() == tensor.numel()]
         alike = [part for part in parts if sorted(part.tensor.shape) == sorted(whole.shape)]
-        # The first order is the one that it has, but samples may be along another axis than in the state.
+        # It may have that shape already, but samples along another axis than the state.
         for order in itertools.permutations(range(whole.ndim)) if alike else ():
             turned = whole.permute(order)
             for part in alike:

@@ -326,11 +326,7 @@ class DataFlow(Watcher):
             unlabelled = (reads[i] for i, of in enumerate(known) if not of and i not in ends)
             if not all(address_of(t) in self._blank or _is_one_value(t) for t in unlabelled):
                 labels |= {UNKNOWN}
-            elif reads and not labels and not all(
-                # What is written to a part may differ from the rest.
-                _is_one_value(t) and (is_all_of_memory(t) or not func._schema.is_mutable)
-                for t in flat([out])
-            ):
+            elif reads and not labels and any(_may_vary(t, func) for t in flat([out])):
                 # Of one value all over, functions make coordinates, as masks of what is before.
                 labels = frozenset({OWN})
         if self._origins:
@@ -565,6 +561,11 @@ def _is_one_value(tensor: Tensor) -> bool:
     # To ask a DTensor is a collective, which the other processes may be in no place for.
     may_ask = is_underived(tensor) and has_places(tensor) and are_data(tensor)
     return may_ask and bool((tensor == tensor[(0,) * tensor.ndim]).all())
+
+
+def _may_vary(tensor: Tensor, func: Any) -> bool:
+    """Check whether a tensor has several values, as it may where an operator wrote one to a part."""
+    return not _is_one_value(tensor) or (func._schema.is_mutable and not is_all_of_memory(tensor))
 
 
 _OVERWRITE = {"copy_", "fill_", "zero_"}
