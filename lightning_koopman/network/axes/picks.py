@@ -32,6 +32,7 @@ from lightning_koopman.network.tensors import (
 _IN_PLACE = frozenset({
     *("clone", "_to_copy", "detach", "alias", "unsqueeze", "squeeze", "expand", "stack", "masked_fill"),
     *("leaky_relu", "elu", "hardtanh", "hardswish", "_prelu_kernel", "log_sigmoid_forward"),
+    "rrelu_with_noise",
     *("native_dropout", "native_batch_norm", "cudnn_batch_norm"),
     *("_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
 })

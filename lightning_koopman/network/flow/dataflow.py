@@ -44,7 +44,7 @@ _LOOK_UP = frozenset({"embedding", "index", "index_select", "gather", "take"})
 # These go on with one tensor, value by value or nearly so, and not every torch says so of them.
 _GO_ON = frozenset({
     *("leaky_relu", "elu", "hardtanh", "hardswish", "_prelu_kernel", "log_sigmoid_forward"),
-    *("clone", "_to_copy", "index_put", "_index_put_impl", "masked_fill"),
+    *("rrelu_with_noise", "clone", "_to_copy", "index_put", "_index_put_impl", "masked_fill"),
     *("native_layer_norm", "native_group_norm", "_fused_rms_norm"),
     *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
 })
@@ -573,8 +573,9 @@ _OVERWRITE = {"copy_", "fill_", "zero_"}
 
 def _overwritten(name: str, args: tuple[Any, ...], kwargs: Any) -> set[int]:
     """Find places of tensors that an operator is given to write over, without reading them."""
-    of_self = name in _OVERWRITE
-    given = [*((of_self and not i, arg) for i, arg in enumerate(args))]
+    # Of what draws, the second one takes what is drawn.
+    of_self, of_second = name in _OVERWRITE, name.startswith("rrelu_with_noise")
+    given = [*((i < 1 if of_self else of_second and i == 1, arg) for i, arg in enumerate(args))]
     given += [(keyword == "out", arg) for keyword, arg in kwargs.items()]
     tensors = [(is_written, tensor) for is_written, arg in given for tensor in flat([arg])]
     return {i for i, (is_written, t) in enumerate(tensors) if is_written and not t.is_nested}
