@@ -239,15 +239,18 @@ class Sums:
         whole = self._provenance.as_added(tensor)
         parts = [part for part in parts if part.tensor.numel() == tensor.numel()]
         alike = [part for part in parts if sorted(part.tensor.shape) == sorted(whole.shape)]
-        # It may have that shape already, but samples, or other axes of one size, along other ones.
-        found = [
-            (part, turned)
-            for turned in map(whole.permute, itertools.permutations(range(whole.ndim)) if alike else ())
-            for part in alike
-            if part.tensor.shape == turned.shape and self._has_samples_as(part, turned)
-        ]
-        if found:
-            return min(found, key=lambda each: each[0].tensor.stride() != each[1].stride())
+        # As it was added up or is taken, it may have that shape, but samples along another axis.
+        turned = map(whole.permute, itertools.permutations(range(whole.ndim)) if alike else ())
+        for views in ([whole, tensor], turned):
+            found = [
+                (part, view)
+                for view in views
+                for part in alike
+                if part.tensor.shape == view.shape and self._has_samples_as(part, view)
+            ]
+            if found:
+                # Axes of one size are told apart by how both lie in memory.
+                return min(found, key=lambda each: each[0].tensor.stride() != each[1].stride())
         steps = set(tensor.stride())
         for part in parts:
             # Axes are merged or split on the way, but none across others.
