@@ -19,6 +19,7 @@ COPIES = frozenset({"clone", "_to_copy"})
 BY_VALUE = COPIES | {
     *(
         "leaky_relu",
+        "rrelu_with_noise",
         "elu",
         "hardtanh",
         "hardswish",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any, TypeGuard
 
@@ -368,13 +368,27 @@ def view_of_memory(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def order_of_axes(view: tuple[Any, ...], other: tuple[Any, ...]) -> list[int] | None:
-    """Find the order in which the axes of a view are those of another of one memory, if there is one."""
+    """Find the order in which the axes of a view are those of another of one memory, if there is one.
+
+    Axes of one entry that the other has not are left out.
+    """
     (place, *own), (other_place, *wanted) = view, other
     own, wanted = (list(zip(*axes, strict=True)) for axes in (own, wanted))
-    if place != other_place or sorted(own) != sorted(wanted):
+    kept = [axis for axis, (size, _) in enumerate(own) if size > 1 or len(own) == len(wanted)]
+    if place != other_place or sorted(own[axis] for axis in kept) != sorted(wanted):
         return None
-    pairs = zip(*(sorted(range(len(own)), key=axes.__getitem__) for axes in (wanted, own)), strict=True)
+    places = sorted(range(len(wanted)), key=wanted.__getitem__)
+    pairs = zip(places, sorted(kept, key=own.__getitem__), strict=True)
     return [axis for _, axis in sorted(pairs)]
+
+
+def with_axes(tensor: Tensor, order: Sequence[int]) -> Tensor:
+    """Put axes into an order, without those that it leaves out, of one entry each."""
+    left = [axis for axis in range(tensor.ndim) if axis not in order]
+    tensor = tensor.permute(*order, *left)
+    for _ in left:
+        tensor = tensor.select(-1, 0)
+    return tensor
 
 
 def has_places(tensor: Tensor) -> bool:

@@ -96,17 +96,16 @@ class PickedPositions:
                 of = {view: moves | moved for view, moves in {None: _NO_MOVES, **of}.items()}
             self._moved[address] = {**of, view_of_memory(tensor) if is_part else None: moved}
             self._keep(tensor)
-        pick = _picked(op.name, args, out)
-        if pick is None and not self._of:
+        picked = _picked(op.name, args, out)
+        if not (picked or self._of):
             return
-        told: Picks
-        if pick is not None:
-            pick = pick._replace(of_batch=self._of_batch(args[0], pick.axis))
-            told = {n: pick._replace(is_moved=(n, pick.size) in before) for n in known[0]}
-            told |= self.of(reads[0])
-        else:
-            told = self._joined(reads, known)
+        joined = self._joined(reads, known)
         for address, tensor, is_part in written():
+            told = joined
+            if (pick := picked.get(id(tensor))) is not None:
+                pick = pick._replace(of_batch=self._of_batch(args[0], pick.axis))
+                told = {n: pick._replace(is_moved=(n, pick.size) in before) for n in known[0]}
+                told |= self.of(reads[0])
             if told or address in self._of:
                 picks = self._of.get(address, {}) if is_part else {}
                 if is_part and op.is_in_place:
@@ -223,14 +222,24 @@ def _cut(shape: Sequence[int], out: Sequence[int]) -> Sequence[int]:
     return cut
 
 
-def _picked(name: str, args: Sequence[Any], out: Any) -> Pick | None:
-    """Return which position an operator picks of its first argument, if it does."""
+def _picked(name: str, args: Sequence[Any], out: Any) -> dict[int, Pick]:
+    """Return which positions an operator picks of its first argument, by the id of what holds them."""
     source = args[0] if args else None
-    if not (isinstance(source, Tensor) and isinstance(out, Tensor)) or source.is_nested:
-        return None
-    if source.ndim != 3:
-        return None
-    axis, places = 0, [0]
+    if not isinstance(source, Tensor) or source.is_nested or source.ndim != 3:
+        return {}
+    given = {id(out): _pick(name, args, out)} if isinstance(out, Tensor) else {}
+    if name in ("unbind", "split", "split_with_sizes"):
+        dim, place = (1 if name == "unbind" else 2), 0
+        axis = args[dim] if len(args) > dim else 0
+        for part in out:
+            size = 1 if name == "unbind" else part.shape[axis]
+            given[id(part)] = _pick_of(source, axis, [place]) if size == 1 else None
+            place += size
+    return {of: pick for of, pick in given.items() if pick is not None}
+
+
+def _pick(name: str, args: Sequence[Any], out: Tensor) -> Pick | None:
+    source, axis, places = args[0], 0, [0]
     if name == "select":
         axis, places = args[1], [args[2]]
     elif name == "slice":
@@ -245,11 +254,16 @@ def _picked(name: str, args: Sequence[Any], out: Any) -> Pick | None:
         places = [] if told is None else told.flatten().tolist()
     else:
         return None
+    return _pick_of(source, axis, places, is_told=name in LOOK_UPS)
+
+
+def _pick_of(source: Tensor, axis: int, places: Sequence[int], *, is_told: bool = False) -> Pick | None:
+    """Return what picks these positions along an axis, of each sample if there are several."""
     size = source.shape[axis]
     if size < 2 or not places:
         return None
     places = [place % size for place in places]
-    first, is_told = places[0], name in LOOK_UPS
+    first = places[0]
     if any(place != first for place in places) or (is_told and first not in (0, size - 1)):
         return Pick(axis % 3, size, True, True, tuple(places))
     return Pick(axis % 3, size, first > 0, is_told) if first in (0, size - 1) else None

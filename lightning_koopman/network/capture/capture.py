@@ -351,6 +351,7 @@ class Capture:
     def _begin_call(self, module: nn.Module, given: Any, is_first: bool) -> None:
         """Begin a call of the network, perhaps a further one in the same pass."""
         states = self._kept.states
+        self._provenance.own_weights(self._model)
         if states and is_first:
             self._begin_behind_others(given)
         elif states and self.again is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from lightning_koopman.network.tensors import (
     is_real,
     order_of_axes,
     view_of_memory,
+    with_axes,
 )
 
 # These make room or copies, which passes differ in as samples lie otherwise in memory, and nothing new.
@@ -195,7 +197,7 @@ class Sums:
         if tensor is None or not is_real(tensor):
             return
         if found.order is not None:
-            self._kept.add(found.name, module, tensor.permute(found.order), None, given)
+            self._kept.add(found.name, module, with_axes(tensor, found.order), None, given)
             return
         shape = self._kept.shapes.get(found.like)
         if shape is not None and shape.numel() == tensor.numel() and tensor.is_contiguous():
@@ -211,13 +213,9 @@ class Sums:
         if not parts or not self._is_sum(name, tensor, made_of):
             return
         # Rows are made as those of what was added up.
-        whole = self._provenance.flow.as_added(tensor)
-        like = next((part for part in parts if part.tensor.shape == whole.shape), None)
+        like, whole = self._laid_out(tensor, parts)
         if like is None:
-            like = next((part for part in parts if part.tensor.numel() == tensor.numel()), None)
-            if like is None or not (like.tensor.is_contiguous() and is_all_of_memory(tensor)):
-                return
-            whole = tensor.as_strided(like.tensor.shape, like.tensor.stride(), 0)
+            return
         order = order_of_axes(view_of_memory(tensor), view_of_memory(whole))
         axes = sorted(range(whole.ndim), key=whole.stride, reverse=True)
         if order is None and not (tensor.is_contiguous() and whole.permute(axes).is_contiguous()):
@@ -227,6 +225,38 @@ class Sums:
         self._provenance.mark_sum(tensor, name, made_of)
         known = None if order is None else tuple(order)
         self.takers.note(_Sum(name, place, known, like.name, tuple(axes)))
+
+    def _laid_out(self, tensor: Tensor, parts: Sequence[Recorded]) -> tuple[Recorded | None, Tensor]:
+        """Find a state of the shape of a sum that was made of it, and the sum with its axes as there."""
+        whole = self._provenance.flow.as_added(tensor)
+        parts = [part for part in parts if part.tensor.numel() == tensor.numel()]
+        alike = [part for part in parts if sorted(part.tensor.shape) == sorted(whole.shape)]
+        # As it was added up or is taken, it may have that shape, but samples along another axis.
+        turned = map(whole.permute, itertools.permutations(range(whole.ndim)) if alike else ())
+        for views in ([whole, tensor], turned):
+            found = [
+                (part, view)
+                for view in views
+                for part in alike
+                if part.tensor.shape == view.shape and self._has_samples_as(part, view)
+            ]
+            if found:
+                # Axes of one size are told apart by how both lie in memory.
+                return min(found, key=lambda each: each[0].tensor.stride() != each[1].stride())
+        steps = set(tensor.stride())
+        for part in parts:
+            # Axes are merged or split on the way, but none across others.
+            nests = not (steps - {*part.tensor.stride()} and {*part.tensor.stride()} - steps)
+            if part.tensor.is_contiguous() and is_all_of_memory(tensor) and nests:
+                viewed = tensor.as_strided(part.tensor.shape, part.tensor.stride(), 0)
+                if self._has_samples_as(part, viewed):
+                    return part, viewed
+        return None, tensor
+
+    def _has_samples_as(self, part: Recorded, tensor: Tensor) -> bool:
+        """Check whether samples are not known to be along another axis than in a state of that shape."""
+        pairs = zip(part.places, self._provenance.flow.places(tensor), strict=True)
+        return all(None in pair or len({*pair}) == 1 for pair in pairs)
 
     def _is_sum(self, name: str, tensor: Tensor, made_of: frozenset[str]) -> bool:
         """Check whether what is taken is a sum of states, or was in a network to compare with."""

@@ -271,6 +271,9 @@ class DataFlow(Watcher):
         if self._origins:
             unlabelled = [reads[i] for i, of in enumerate(known) if not of and i not in ends]
             labels |= self._new_labels(op, args, unlabelled)
+            if reads and not labels and any(_may_vary(tensor, op) for tensor in flat([out])):
+                # Of one value all over, functions make coordinates, as masks of what is before.
+                labels = frozenset({OWN})
             # A mask says which entries count, and is nothing that is added up.
             data = [_NOTHING if i in ends else of - ORIGINS for i, of in enumerate(known)]
             self._sums.follow(op, args, reads, data, out)
@@ -383,10 +386,17 @@ def _is_one_value(tensor: Tensor) -> bool:
     return may_ask and bool((tensor == tensor[(0,) * tensor.ndim]).all())
 
 
+def _may_vary(tensor: Tensor, op: Operator) -> bool:
+    """Check whether a tensor has several values, as it may where an operator wrote one to a part."""
+    return not _is_one_value(tensor) or (bool(op.written) and not is_all_of_memory(tensor))
+
+
 def _overwritten(op: Operator, args: tuple[Any, ...], kwargs: Any) -> set[int]:
     """Find places of tensors that an operator is given to write over, without reading them."""
     of_self = op.full_name in ("copy_", "fill_", "zero_")
-    given = [*((of_self and not i, arg) for i, arg in enumerate(args))]
+    # Of what draws, the second one takes what is drawn.
+    of_second = op.name == "rrelu_with_noise"
+    given = [*((i < 1 if of_self else of_second and i == 1, arg) for i, arg in enumerate(args))]
     given += [(keyword == "out", arg) for keyword, arg in kwargs.items()]
     tensors = [(is_written, tensor) for is_written, arg in given for tensor in flat([arg])]
     return {i for i, (is_written, t) in enumerate(tensors) if is_written and not t.is_nested}

@@ -86,10 +86,14 @@ class LabelledSums:
         turns = kwargs.get("memory_format") not in (None, torch.preserve_format)
         is_view = op.is_view and (op.name not in _CUT or _leaves_all(op.name, args))
         is_kept = op.name in _LINEAR or op.name in SHAPE_ONLY or is_view
+        tensors = list(flat((*args, *kwargs.values())))
+        # A square, as x * x.
+        is_kept &= op.name != "mul" or len({*map(address_of, tensors)}) == len(tensors)
         if is_kept and not turns:
             return
         goes_on = op.is_pointwise or op.name in _GO_ON or op.name in _BESIDE
-        for place, tensor in enumerate(flat((*args, *kwargs.values()))):
+        goes_on |= _is_per_position(op, args, kwargs)
+        for place, tensor in enumerate(tensors):
             if self.number(tensor) is not None and not (is_kept and self.as_added(tensor) is tensor):
                 on_sum(tensor, op.name, place, goes_on)
 
@@ -123,6 +127,18 @@ class LabelledSums:
                 break
             if op.written:
                 self._sums.pop(address_of(written), None)
+
+
+def _is_per_position(op: Operator, args: tuple[Any, ...], kwargs: Any) -> bool:
+    """Check whether an operator gives numbers by position, as norms divide what they are of by."""
+    arguments = (argument.name for argument in op.func._schema.arguments) if op.func else ()
+    named = dict(zip(arguments, args, strict=False)) | kwargs
+    dims, tensor = named.get("dim"), args[0] if args else None
+    if not (named.get("keepdim") and isinstance(tensor, Tensor)):
+        return False
+    axes = [axis % tensor.ndim for axis in ([dims] if isinstance(dims, int) else dims or ())]
+    # Channels come last, but for those of images.
+    return axes == [tensor.ndim - 1] or (axes == [1] and tensor.ndim > 3)
 
 
 def _leaves_all(name: str, args: tuple[Any, ...]) -> bool:

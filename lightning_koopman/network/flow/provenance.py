@@ -247,6 +247,11 @@ class Provenance:
         """Let tensors count as what the network holds itself."""
         self.flow.label(list(tensors), OWN)
 
+    def own_weights(self, model: nn.Module) -> None:
+        """Let weights that a functional call put in count as what the network holds itself."""
+        if self.follows:
+            self.own([t for t in (*model.parameters(), *model.buffers()) if not self.flow.labels(t)])
+
     def holds_own(self, value: Any) -> bool:
         """Check whether what the network holds itself is in a value, beside what states are made of."""
         return OWN in self.flow.labels(value)
