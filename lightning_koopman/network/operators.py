@@ -16,22 +16,16 @@ SHAPE_ONLY = frozenset({
 COPIES = frozenset({"clone", "_to_copy"})
 """Copy a tensor."""
 
-BY_VALUE = COPIES | {
-    *(
-        "leaky_relu",
-        "rrelu_with_noise",
-        "elu",
-        "hardtanh",
-        "hardswish",
-        "_prelu_kernel",
-        "log_sigmoid_forward",
-        "masked_fill",
-    )
-}
+BY_VALUE = frozenset({
+    *COPIES,
+    *("elu", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid_forward", "rrelu_with_noise"),
+    *("_prelu_kernel", "masked_fill"),
+})
 """Go on with one tensor, value by value, and not every torch says so of them."""
 
 BATCH_NORMS = frozenset({
-    *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training")
+    *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
+    "cudnn_batch_norm",
 })
 
 LAST_AXES_NORMS = frozenset({"native_layer_norm", "_fused_rms_norm"})

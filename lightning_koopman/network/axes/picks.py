@@ -23,14 +23,11 @@ from lightning_koopman.network.operators import (
 from lightning_koopman.network.tensors import address_of, all_tensors, is_all_of_memory, view_of_memory
 
 # These leave all entries in place.
-_IN_PLACE = (
-    BY_VALUE
-    | BATCH_NORMS
-    | {
-        *("copy", "detach", "alias", "unsqueeze", "squeeze", "expand", "stack"),
-        *("native_dropout", "cudnn_batch_norm"),
-    }
-)
+_IN_PLACE = frozenset({
+    *BY_VALUE,
+    *BATCH_NORMS,
+    *("copy", "detach", "alias", "unsqueeze", "squeeze", "expand", "stack", "native_dropout"),
+})
 _TURN = frozenset({"transpose", "permute", "t", "numpy_T"})
 
 
