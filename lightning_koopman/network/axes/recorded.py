@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman.network.axes.batch_axes import Place
-from lightning_koopman.network.axes.row_order import (
+from lightning_koopman.network.axes.order import (
     NO_ORDERS,
     Orders,
     have_met,

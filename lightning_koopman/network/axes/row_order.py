@@ -5,14 +5,26 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_koopman.network.axes.batch_axes import BatchAxes
 from lightning_koopman.network.axes.moves import MOVES, may_move_samples, move, rows_along, values_moved
+from lightning_koopman.network.axes.order import (
+    MET,
+    NO_ORDERS,
+    ROW,
+    Order,
+    Orders,
+    agreed,
+    are_different,
+    in_one,
+    places_like,
+    same,
+    without,
+)
 from lightning_koopman.network.operators import COPIES, PRODUCTS, PUTS, VIEWS, Operator
 from lightning_koopman.network.tensors import (
     address_of,
@@ -21,58 +33,6 @@ from lightning_koopman.network.tensors import (
     is_all_of_memory,
     view_of_memory,
 )
-
-
-class Order(NamedTuple):
-    """Which rows of a tensor before it the rows of a tensor are.
-
-    Attributes:
-        rows: Their places there, -1 for rows of none.
-        base: How many rows there were.
-        moved: Whether rows were picked on the way, so that another batch may have another order.
-        mixed: Whether rows of several orders were put together.
-    """
-
-    rows: Tensor
-    base: int
-    moved: bool = True
-    mixed: bool = False
-
-    @property
-    def is_of_all(self) -> bool:
-        """Whether it may be an order of all rows that there were."""
-        return len(self.rows) == self.base
-
-    @property
-    def holds_all(self) -> bool:
-        """Whether it may be an order of all rows that there were, each as often as the others."""
-        return self.base > 0 and len(self.rows) > 0 and len(self.rows) % self.base == 0
-
-    @property
-    def is_own(self) -> bool:
-        """Whether each row is in its own place."""
-        return self.is_of_all and torch.equal(self.filled(), _places(self.base, self.rows))
-
-    @property
-    def is_undone(self) -> bool:
-        """Whether each row is in its own place, and will be so in every batch."""
-        return not (self.moved or self.mixed) and self.is_own
-
-    def filled(self) -> Tensor:
-        """Return the places, their own for rows of none."""
-        return torch.where(self.rows < 0, _places(len(self.rows), self.rows), self.rows)
-
-
-Orders = Mapping[int, Order]
-"""Orders by the number of rows that an axis must have for them."""
-
-NO_ORDERS: Orders = MappingProxyType({})
-
-_ROW = 0
-"""In place of a number of rows: that of a single one, without an axis of its own."""
-
-_MET = -1
-"""In place of a number of rows: those that axes were merged into, and of which several then met."""
 
 _SLICES = frozenset({"slice", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"})
 _ADDS = frozenset({"index_add", "index_reduce", "scatter_add", "scatter_reduce"})
@@ -129,12 +89,12 @@ class RowOrders:
         known = self.of(tensor)
         if not (met := self._met.get(address_of(tensor))):
             return known
-        return {**known, _MET: Order(torch.tensor(sorted(met), device="cpu"), 0, moved=False)}
+        return {**known, MET: Order(torch.tensor(sorted(met), device="cpu"), 0, moved=False)}
 
     def begin(self, tensor: Tensor) -> None:
         """Let rows of samples that were drawn, some of them again, count as those of a batch."""
         orders = self.of(tensor)
-        drawn = [s for s, o in orders.items() if o.is_of_all and not _are_different(o.filled())]
+        drawn = [s for s, o in orders.items() if o.is_of_all and not are_different(o.filled())]
         if drawn:
             self._of[address_of(tensor)] = {None: {s: orders[s] for s in orders.keys() - {*drawn}}}
 
@@ -226,7 +186,7 @@ class RowOrders:
             by_name = name == "index_select"
             picked = (self._axis_of_rows(*args[:2]), args[2]) if by_name else self._index_of(*args[:2])
             if picked is not None and picked[0] == 0:
-                once = picked[1] is not None and _are_different(picked[1])
+                once = picked[1] is not None and are_different(picked[1])
                 found = None if once else args[0]
         return found if isinstance(found, Tensor) else None
 
@@ -237,9 +197,9 @@ class RowOrders:
         places = _rows_of_index(indices[0], 0) if len(indices) == 1 else None
         if places is None or not source.ndim or len(places) != len(source):
             return False
-        order = self.of(source).get(len(places), Order(_places(len(places), source), len(places)))
+        order = self.of(source).get(len(places), Order(places_like(len(places), source), len(places)))
         alike = order.base == len(target) and torch.equal(order.rows.to(places), places)
-        return alike and _are_different(places)
+        return alike and are_different(places)
 
     def _known_merges(self, tensor: Tensor) -> set[int]:
         """Return numbers of rows that are known to be merged of several axes."""
@@ -255,7 +215,7 @@ class RowOrders:
             # Such as a mean over all rows.
             return False
         known = self.of(tensor)
-        order = known.get(_ROW, known.get(len(tensor)))
+        order = known.get(ROW, known.get(len(tensor)))
         return order is None or order.base != size
 
     def _set(self, tensor: Tensor, orders: Orders, *, is_view: bool) -> None:
@@ -265,7 +225,7 @@ class RowOrders:
         known = self._of.setdefault(address, {})
         own = known.get(view_of_memory(tensor))
         if is_view or (own is not None and not is_all_of_memory(tensor)):
-            if own is not None or not _same(orders, known.get(None, NO_ORDERS)):
+            if own is not None or not same(orders, known.get(None, NO_ORDERS)):
                 known[view_of_memory(tensor)] = orders
         else:
             self._of[address] = {None: orders}
@@ -312,7 +272,7 @@ class RowOrders:
             return None if name == "index" else [(out, self._scrambled(source, axis, name))]
         indices = all_tensors(args[1:])
         fixed = name not in ("flip", "roll") and all(map(self._is_fixed, indices))
-        are_all = len(index) == source.shape[axis] and _are_different(index)
+        are_all = len(index) == source.shape[axis] and are_different(index)
         if len(indices) == 1 and self._is_data(source) and are_all:
             self._indices = indices
         return [(out, self._taken(source, axis, index, moved=not fixed))]
@@ -330,7 +290,7 @@ class RowOrders:
             self._axes.tell(source, 0, self._which)
             return None
         inner = size // n_rows
-        rows, is_own = order.rows.view(n_rows, inner), order.base == size and _are_different(order.rows)
+        rows, is_own = order.rows.view(n_rows, inner), order.base == size and are_different(order.rows)
         both = [(n_rows, 0, rows.div(inner, rounding_mode="floor") if is_own else rows)]
         # Of two axes of one size, the second are positions.
         if out.ndim > 1 and out.shape[1] == inner != n_rows:
@@ -338,7 +298,7 @@ class RowOrders:
         found = dict(known)
         for length, axis, numbers in both:
             told = rows_along(numbers + 1, axis)
-            after = order._replace(rows=_places(length, rows), base=length if is_own else order.base)
+            after = order._replace(rows=places_like(length, rows), base=length if is_own else order.base)
             if told is not None:
                 found.pop(size, None)
                 after = after._replace(rows=told - 1)
@@ -363,7 +323,7 @@ class RowOrders:
             return [(tensor, self._scrambled(source, axis, "gather")) for tensor in all_tensors(out)]
         kinds = torch.unique(source, dim=axis, return_inverse=True)[1]
         index = torch.empty(int(kinds.max()) + 1, dtype=torch.long, device=kinds.device)
-        index[kinds] = _places(size, kinds)
+        index[kinds] = places_like(size, kinds)
         return [(out[0], self._taken(source, axis, index)), *((each, NO_ORDERS) for each in out[1:])]
 
     def _sliced(self, name: str, args: Sequence[Any], out: Any) -> list[tuple[Tensor, Orders]] | None:
@@ -374,7 +334,7 @@ class RowOrders:
         size = source.shape[axis]
         if len(parts) == 1 and parts[0].shape[axis] == size:
             return None
-        rows = _places(size, source)
+        rows = places_like(size, source)
         if name == "slice":
             bounds = (_argument(args, place, usual) for place, usual in ((2, 0), (3, None), (4, 1)))
             pieces = [rows[slice(*bounds)]]
@@ -398,7 +358,7 @@ class RowOrders:
         if before is None and (whole := known.get(outer)) is not None:
             # Of rows that lie one behind the other in those that had been moved before.
             inner = size // outer
-            rows = whole.rows[:, None] * inner + _places(inner, whole.rows)
+            rows = whole.rows[:, None] * inner + places_like(inner, whole.rows)
             before = whole._replace(rows=rows.flatten(), base=whole.base * inner)
         if before is not None:
             order = before._replace(
@@ -445,14 +405,14 @@ class RowOrders:
             fixed = self._is_fixed(matrix)
             if bool((marks.sum(dim=1) == 1).all()):
                 index, are_ones = marks.int().argmax(dim=1), bool((dense(matrix) <= 1).all())
-                is_order = are_ones and len(index) == size and _are_different(index)
+                is_order = are_ones and len(index) == size and are_different(index)
                 self._indices = [matrix] if is_order else []
                 if len(index) == self._axes.size(self._which):
                     self._axes.tell(out, axis, self._which)
                 return [(out, self._taken(rows, axis, index, moved=not fixed))]
-            before = known.get(size) or Order(_places(size, rows), size, moved=False)
+            before = known.get(size) or Order(places_like(size, rows), size, moved=False)
             met = {size: before._replace(mixed=True)} if len(marks) == size else {}
-            return [(out, {**_without(known, size), **met})]
+            return [(out, {**without(known, size), **met})]
         return None
 
     def _moved(self, op: Operator, args: Sequence[Any], out: Any) -> list[tuple[Tensor, Orders]] | None:
@@ -482,7 +442,7 @@ class RowOrders:
         base = bases.pop()
         others = self._joined(values)
         for size, _ in seen:
-            others = _without(others, size)
+            others = without(others, size)
         indices = [t for t in all_tensors(args) if all(t is not value for value in values)]
         fixed = all(map(self._is_fixed, indices))
         orders, found = [order for _, order in seen], list[tuple[Tensor, Orders]]()
@@ -497,8 +457,8 @@ class RowOrders:
     def _entries(self, tensor: Tensor) -> tuple[Tensor, int, list[tuple[int, Order]]] | None:
         """Return which row each entry of a tensor is of, of how many, and the orders that tell."""
         known = self.of(tensor)
-        if (row := known.get(_ROW)) is not None:
-            return row.rows.view([1] * tensor.ndim).expand(tensor.shape), row.base, [(_ROW, row)]
+        if (row := known.get(ROW)) is not None:
+            return row.rows.view([1] * tensor.ndim).expand(tensor.shape), row.base, [(ROW, row)]
         place, count = self._axes.find(tensor, self._which), self._axes.size(self._which)
         axis = 0 if place is None else place.axis
         if not tensor.ndim:
@@ -509,7 +469,7 @@ class RowOrders:
         if is_alone and (order := known.get(size)) is not None:
             return order.rows.view(-1, *ends).expand(tensor.shape), order.base, [(size, order)]
         if place is None:
-            return _places(size, tensor).view(-1, *ends).expand(tensor.shape), size, []
+            return places_like(size, tensor).view(-1, *ends).expand(tensor.shape), size, []
         entries = self._axes.entries(tensor, self._which)
         if entries is None or (order := known.get(count)) is None:
             return None if entries is None else (entries, count, [])
@@ -539,9 +499,9 @@ class RowOrders:
             rows = rows_along(numbers.reshape(base, -1) + 1, 0)
         moved, mixed = not fixed or any(o.moved for o in seen), any(o.mixed for o in seen)
         if rows is None:
-            return {**others, base: Order(_places(base, numbers), base, moved, mixed=True)}
+            return {**others, base: Order(places_like(base, numbers), base, moved, mixed=True)}
         is_whole = len(rows) == tensor.shape[axis] == self._axes.size(self._which)
-        if is_whole and _are_different(rows[rows > 0]):
+        if is_whole and are_different(rows[rows > 0]):
             self._axes.tell(tensor, axis, self._which)
         order = Order(rows - 1, base, moved, mixed)
         # Where some rows are of none yet, others may be added there.
@@ -554,10 +514,10 @@ class RowOrders:
         size, known = source.shape[axis], self.of(source)
         if self._is_along(source, axis) is False:
             return known
-        others = _without(known, size)
+        others = without(known, size)
         if name != "gather" or not (size in known or self._is_data(source)):
             return others
-        return {**others, size: Order(_places(size, source), size, mixed=True)}
+        return {**others, size: Order(places_like(size, source), size, mixed=True)}
 
     def _put_together(self, args: Sequence[Any], out: Tensor) -> list[tuple[Tensor, Orders]] | None:
         parts = [part for part in args[0] if part.ndim == out.ndim]
@@ -565,7 +525,7 @@ class RowOrders:
         if axis is None or not self._of or self._is_along(out, axis) is False:
             return None
         known = [
-            of.get(part.shape[axis], of.get(_ROW) if part.shape[axis] == 1 else None)
+            of.get(part.shape[axis], of.get(ROW) if part.shape[axis] == 1 else None)
             for part, of in ((part, self.of(part)) for part in parts)
         ]
         if not any(order is not None for order in known):
@@ -576,21 +536,21 @@ class RowOrders:
                 rows.append(order.rows)
                 bases.add(order.base)
             elif self._is_data(part):
-                rows.append(_places(part.shape[axis], part))
+                rows.append(places_like(part.shape[axis], part))
                 bases |= {part.shape[axis]} if part.shape[axis] else set()
             else:
-                rows.append(torch.full_like(_places(part.shape[axis], part), -1))
+                rows.append(torch.full_like(places_like(part.shape[axis], part), -1))
         sizes = {part.shape[axis] for part in parts}
         # Steps of packed sequences have that of the samples, too.
         steps = len(sizes) > 1
         others = {
             size: order
             for size, order in self._joined(parts).items()
-            if size not in {*sizes, _ROW} or (steps and order.is_of_all and not order.mixed)
+            if size not in {*sizes, ROW} or (steps and order.is_of_all and not order.mixed)
         }
         if len(bases) != 1:
             return [(out, others)]
-        order = _in_one(rows, bases.pop(), [order for order in known if order is not None])
+        order = in_one(rows, bases.pop(), [order for order in known if order is not None])
         self.is_whole_again = order.is_of_all
         return [(out, others if order.is_undone else {**others, out.shape[axis]: order})]
 
@@ -605,21 +565,21 @@ class RowOrders:
             return None
         known, parts = self.of(source), all_tensors(out)
         first = args[2] % size if name == "select" else 0
-        before = known.get(size) or Order(_places(size, source), size, moved=False)
+        before = known.get(size) or Order(places_like(size, source), size, moved=False)
         return [
-            (part, {**_without(known, size), _ROW: before._replace(rows=before.rows[i : i + 1])})
+            (part, {**without(known, size), ROW: before._replace(rows=before.rows[i : i + 1])})
             for i, part in enumerate(parts, start=first)
         ]
 
     def _stacked(self, args: Sequence[Any], out: Tensor) -> list[tuple[Tensor, Orders]] | None:
         """Put single rows together, along whatever axis."""
-        known = [self.of(part).get(_ROW) for part in args[0]]
+        known = [self.of(part).get(ROW) for part in args[0]]
         rows = [order for order in known if order is not None]
-        others = _without(self._joined(args[0]), _ROW)
+        others = without(self._joined(args[0]), ROW)
         alike = len(rows) == len(known) and len({order.base for order in rows}) == 1
         if not alike:
             return [(out, others)] if rows else None
-        order = _in_one([each.rows for each in rows], rows[0].base, rows)
+        order = in_one([each.rows for each in rows], rows[0].base, rows)
         return [(out, others if order.is_undone else {**others, len(rows): order})]
 
     def _packed(self, args: Sequence[Any], out: Any) -> list[tuple[Tensor, Orders]]:
@@ -640,8 +600,8 @@ class RowOrders:
             return [(out, self._joined([source]))]
         size, known = target.shape[0] if target.ndim else 0, self.of(source)
         order, row = known.get(size), target[:1] if size else target
-        if _ROW in known and target.is_contiguous():
-            order, size, row = known[_ROW], 1, target
+        if ROW in known and target.is_contiguous():
+            order, size, row = known[ROW], 1, target
         width, step = row.numel(), target.stride(0) if size > 1 else 0
         if order is None or source.ndim != target.ndim or not width or not row.is_contiguous():
             return None
@@ -650,7 +610,7 @@ class RowOrders:
         if step > width and (step % width or whole != order.base):
             return None
         before = self._of.get(address_of(target), {}).get(None, NO_ORDERS)
-        places = (target.storage_offset() + step * _places(size, target)) // width
+        places = (target.storage_offset() + step * places_like(size, target)) // width
         rows = self._placed(before, whole, self._is_data(target), places, order, adds=False)
         self._of[address_of(target)] = {None: rows}
         self._keep(target)
@@ -675,18 +635,18 @@ class RowOrders:
             return [(out, self._joined([target, source]))]
         known, order = self.of(source), None
         if source.ndim == target.ndim and source.shape[axis] == len(places):
-            plain = Order(_places(len(places), source), len(places), moved=False)
+            plain = Order(places_like(len(places), source), len(places), moved=False)
             order = known.get(len(places), plain)
         elif len(places) == 1 and source.ndim == target.ndim - 1:
             # Torch leaves out the axis of a single row.
-            order = known.get(1, known.get(_ROW))
+            order = known.get(1, known.get(ROW))
         if order is None or not self._is_data(source):
             return [(out, self.of(target))]
         fixed = all(map(self._is_fixed, indices))
-        if len(places) == target.shape[axis] and _are_different(places):
+        if len(places) == target.shape[axis] and are_different(places):
             self._indices = indices
         known = self._placed(
-            {**_without(_without(known, len(places)), _ROW), **self.of(target)},
+            {**without(without(known, len(places)), ROW), **self.of(target)},
             target.shape[axis],
             self._is_data(target),
             places,
@@ -710,9 +670,9 @@ class RowOrders:
         """Return orders where rows of a known order were put into some places."""
         before = known.get(size)
         if before is None and is_data:
-            before = Order(_places(size, order.rows), size, moved=False)
+            before = Order(places_like(size, order.rows), size, moved=False)
         places = places.long().to(order.rows.device) % max(1, size)
-        if len(places) > size or not _are_different(places):
+        if len(places) > size or not are_different(places):
             # Sums over several rows, as over neighbours, are of the row that they are put into.
             return known
         if before is not None and before.base != order.base:
@@ -727,7 +687,7 @@ class RowOrders:
         mixed = mixed or order.mixed or (before is not None and before.mixed)
         after = Order(rows, order.base, moved, mixed)
         if not mixed and after.is_own and (not after.moved or (undoes and not order.is_own)):
-            return _without(known, size)
+            return without(known, size)
         return {**known, size: after}
 
     def _axis_of_rows(
@@ -768,7 +728,7 @@ class RowOrders:
         for dim, by in zip(dims, args[1], strict=False):
             axis = self._axis_of_rows(source, dim, or_second=False)
             if axis is not None and self._is_along(source, axis) is not False:
-                places = _places(source.shape[axis], source)
+                places = places_like(source.shape[axis], source)
                 return axis, places.flip(0) if name == "flip" else places.roll(by)
         return None
 
@@ -800,7 +760,7 @@ class RowOrders:
         joined = {}
         for size in {size for each in known for size in each}:
             found = [each[size] for each in known if size in each]
-            order = _agreed(size, found, any(size in sizes for sizes in in_order))
+            order = agreed(size, found, any(size in sizes for sizes in in_order))
             if order is not None:
                 joined[size] = order
         return joined
@@ -813,38 +773,6 @@ class RowOrders:
         return {*tensor.shape[: 1 if tensor.ndim < 3 else 2], *merged}
 
 
-def _in_one(rows: Sequence[Tensor], base: int, seen: Sequence[Order]) -> Order:
-    """Return the order of rows that were put one behind the other."""
-    moved, mixed = any(order.moved for order in seen), any(order.mixed for order in seen)
-    return Order(torch.cat([each.to(rows[0].device) for each in rows]), base, moved, mixed)
-
-
-def _agreed(size: int, found: Sequence[Order], plain: bool) -> Order | None:
-    """Return the order of rows that were put together row by row, some of them ``plain`` ones."""
-    first = found[0]
-    if not plain and all(order.rows is first.rows for order in found):
-        return first
-    rows, differ = first.rows, False
-    others = [order.rows for order in found[1:]]
-    bases = {order.base for order in found}
-    if plain:
-        others.append(_places(size, rows))
-        bases.add(size)
-    if len(bases) > 1:
-        return None
-    for other in others:
-        other = other.to(rows)
-        differ = differ or bool(((rows >= 0) & (other >= 0) & (rows != other)).any())
-        rows = torch.where(rows < 0, other, rows)
-    if differ and first.base != size:
-        return None
-    if differ:
-        own = plain or any(order.is_own for order in found)
-        rows = _places(size, rows) if own else first.filled()
-    moved, mixed = any(order.moved for order in found), any(order.mixed for order in found)
-    return Order(rows, first.base, moved, differ or mixed)
-
-
 def _rows_of_index(index: Tensor, axis: int) -> Tensor | None:
     """Return the rows that an index with an entry for each value names, if it names whole ones."""
     if index.ndim < 2:
@@ -854,50 +782,5 @@ def _rows_of_index(index: Tensor, axis: int) -> Tensor | None:
     return rows[:, 0] if alike else None
 
 
-def have_met(orders: Orders, n_rows: int) -> bool:
-    """Check whether several of that many rows, which axes were merged into, were put together."""
-    return _MET in orders and n_rows in orders[_MET].rows
-
-
-def _are_different(places: Tensor) -> bool:
-    return bool((places.sort()[0].diff() != 0).all())
-
-
-def _same(orders: Orders, others: Orders) -> bool:
-    alike = orders.keys() == others.keys()
-    return alike and all(order.rows is others[size].rows for size, order in orders.items())
-
-
-def _without(orders: Orders, size: int) -> Orders:
-    return {s: order for s, order in orders.items() if s != size}
-
-
-def _places(count: int, like: Tensor) -> Tensor:
-    return torch.arange(count, device=like.device)
-
-
 def _argument(args: Sequence[Any], place: int, usual: Any) -> Any:
     return args[place] if len(args) > place and args[place] is not None else usual
-
-
-def sample_places(n_rows: int, samples: Tensor, orders: Orders) -> Tensor | None:
-    """Return which row to put where, so that rows are those of ``samples``; ``None`` if all are.
-
-    An order that is none of all samples cannot be undone, and leaves rows where they are.
-    """
-    own = rows_found(n_rows, samples, orders)
-    if own is None or torch.equal(own, samples) or not torch.equal(own.sort()[0], samples.sort()[0]):
-        return None
-    places = torch.empty_like(samples)
-    places[samples.argsort(stable=True)] = own.argsort(stable=True)
-    return places
-
-
-def rows_found(n_rows: int, samples: Tensor, orders: Orders) -> Tensor | None:
-    """Return the sample that each row is of, if an order tells; in order they are ``samples``."""
-    n_samples = int(samples.max()) + 1 if len(samples) else 0
-    if (order := orders.get(n_rows)) is not None and order.base == n_samples:
-        return torch.where(order.rows.cpu() < 0, samples, order.rows.cpu())
-    if (order := orders.get(n_samples)) is not None and order.is_of_all:
-        return order.filled().cpu()[samples]
-    return None

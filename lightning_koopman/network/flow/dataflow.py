@@ -14,10 +14,11 @@ from lightning_koopman.network.access.watch import Watcher, flat, kept_out_of_th
 from lightning_koopman.network.axes.batch_axes import BatchAxes, Place
 from lightning_koopman.network.axes.input_data import has_positions
 from lightning_koopman.network.axes.merged import MergedAxes
+from lightning_koopman.network.axes.order import NO_ORDERS, Orders
 from lightning_koopman.network.axes.pairs import PairedRows
 from lightning_koopman.network.axes.picks import PickedPositions
 from lightning_koopman.network.axes.recorded import NO_PICKS, Picks
-from lightning_koopman.network.axes.row_order import NO_ORDERS, Orders, RowOrders
+from lightning_koopman.network.axes.row_order import RowOrders
 from lightning_koopman.network.flow.labelled_sums import LabelledSums, OnSum
 from lightning_koopman.network.flow.shared_memory import LabelsByView
 from lightning_koopman.network.operators import (
