@@ -498,7 +498,8 @@ class Measurement(Accumulator):
             elif recorded.name in self._known_plan.places and tensor.ndim in (2, 3):
                 # Means over what holds data differ where samples are padded apart.
                 masks = masks_of(tensor.shape[-2], self._valid or valid_positions(self.capture.given))
-                if masks and len({len(mask) for mask in masks}) == 1:
+                counts = {len(mask) for mask in masks}
+                if len(counts) == 1 and (tensor.ndim == 2 or len(tensor) in (1, *counts)):
                     self._compare(recorded.name, torch.cat(masks, dim=1))
             call = call_of(recorded.name)
             known = call in self._known_plan.forms or call in self.capture.parts

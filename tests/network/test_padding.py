@@ -383,6 +383,30 @@ def test_what_is_added_to_each_position_is_read_where_samples_come_one_by_one() 
     assert report.r2[0] == pytest.approx(1, abs=1e-9)
 
 
+class Biased(nn.Module):
+    """Adds a number for each two positions to scores, as relative embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.layer = nn.Embedding(11, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        places = torch.arange(6)
+        scores = x @ x.mT + self.bias(places[:, None] - places + 5).mean(2)
+        weights = scores.masked_fill(attention_mask[:, None] == 0, -1e9).softmax(2)
+        return self.layer(mean_of(weights @ x, attention_mask.bool()))
+
+
+def test_what_is_the_same_for_every_two_positions_is_left_out_whatever_the_padding() -> None:
+    torch.manual_seed(0)
+    mask = torch.ones(400, 6)
+    mask[100:] = (torch.arange(6) < torch.randint(2, 7, (300, 1))).float()
+    parts = zip(torch.randn(400, 6, 4).split(100), mask.split(100), strict=True)
+    batches = [{"x": x, "attention_mask": m} for x, m in parts]
+    report = credit_report(Biased().eval(), batches, max_samples=None)
+    assert report.notes[0] == "the same for every sample, so left out: bias"
+
+
 def drawn_masks(*shape: int) -> tuple[Tensor, Tensor]:
     """Return two masks of which the second leaves out more."""
     lengths = torch.arange(shape[0])[:, None] % (shape[1] - 1) + 2
