@@ -446,3 +446,32 @@ def test_ends_that_are_the_last_component_or_a_state_of_their_own_need_no_word(
     end: Callable[[Tensor], Any],
 ) -> None:
     assert not end_notes(end)
+
+
+class Tied(nn.Module):
+    """Ends with a weight of its own, as language models do that share their embedding's."""
+
+    def __init__(self, gives: str, units: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(7, 8), nn.Linear(8, 6)
+        self.weight, self.gives = nn.Parameter(torch.randn(6, units)), gives
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.last(torch.tanh(self.first(x)))
+        out = h @ self.weight
+        return {"alone": out, "first": (out, h), "list": {"hidden": [h], "logits": out}}[self.gives]
+
+
+@pytest.mark.parametrize("units", [4, 6, 9])
+@pytest.mark.parametrize("gives", ["first", "list"])
+def test_a_state_that_a_weight_of_the_network_goes_on_with_is_no_end(gives: str, units: int) -> None:
+    found = {}
+    for kind in ("alone", gives):
+        torch.manual_seed(0)
+        net = Tied(kind, units).double()
+        x = torch.randn(400, 7, dtype=torch.float64)
+        found[kind] = credit_report(net, x.split(100), options=Options(tikhonov=0))
+    np.testing.assert_allclose(found[gives].credit, found["alone"].credit, atol=1e-12)
+    # What the last layer gives reaches the output through the weight alone.
+    logs = torch.linalg.svdvals(net.weight.detach()).log()
+    np.testing.assert_allclose(found[gives].credit[1], logs.mean(), atol=1e-3)

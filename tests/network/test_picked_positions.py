@@ -239,13 +239,34 @@ def test_where_more_than_that_is_read_nothing_is_kept(pick: Callable[[Tensor], T
     assert report_of(Mixing(pick)).widths == report_of(Mixing(lambda h: h.sum(1))).widths
 
 
-def test_what_is_returned_as_well_is_read_whole() -> None:
+@pytest.mark.parametrize("as_list", [False, True])
+def test_hidden_states_that_are_returned_beside_the_output_change_nothing(as_list: bool) -> None:
     class Both(Mixing):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            b = torch.tanh(self.b(torch.tanh(self.a(x)).cumsum(1)))
-            return self.head(b[:, -1]), b
+        def forward(self, x: Tensor) -> Any:
+            a = torch.tanh(self.a(x)).cumsum(1)
+            b = self.b(a)
+            out = self.head(b[:, -1])
+            return {"logits": out, "hidden": (a, b)} if as_list else (out, b)
 
-    assert report_of(Both(lambda h: h)).widths[1] == MAX_DIM
+    torch.manual_seed(0)
+    alone = report_of(Mixing(lambda h: h[:, -1]))
+    torch.manual_seed(0)
+    both = report_of(Both(lambda h: h))
+    # A linear head explains all of what it reads, but for the ridge.
+    assert both.r2[-1] == pytest.approx(1, abs=1e-5)
+    for name in ("widths", "credit", "gain", "r2"):
+        np.testing.assert_allclose(getattr(both, name), getattr(alone, name), atol=1e-12, err_msg=name)
+
+
+def test_what_is_returned_and_no_component_goes_on_with_is_read_whole() -> None:
+    class Watched(Mixing):
+        def forward(self, x: Tensor) -> Tensor:
+            b = torch.tanh(self.b(torch.tanh(self.a(x)).cumsum(1)))
+            # A head whose output nobody gets.
+            self.head(b[:, -1])
+            return b
+
+    assert report_of(Watched(lambda h: h)).widths[-1] == MAX_DIM
 
 
 def test_states_before_that_are_small_enough_stay_whole() -> None:

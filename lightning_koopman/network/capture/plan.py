@@ -146,8 +146,7 @@ def make_plan(
     """
     notes: list[str] = []
     given = _with_fitting_ends(records, batch)
-    # What is returned and no state itself is read by whoever gets it.
-    read = in_losses.union(*(of for name, of in returned.items() if all(r.name != name for r in given)))
+    read = in_losses | _read_by_caller(given, returned)
     records, tensors, returned, in_losses = by_call(given, returned, in_losses)
     ran = [record.name for record in records]
     if end is not None and end not in ran:
@@ -265,6 +264,17 @@ def _with_forms(
         fit = [r for r in rest if len(by_sample(r.tensor, forms[r.name])) == n_samples]
         tensors[call] = [first, *fit]
     return records, forms, n_samples, placed
+
+
+def _read_by_caller(records: Sequence[Recorded], returned: Mapping[str, frozenset[str]]) -> set[str]:
+    """List the states that are read by whoever gets what the network returned.
+
+    Lists of hidden states, which components go on with, are given beside what the network is about.
+    """
+    names = {record.name for record in records}
+    taken = frozenset[str]().union(*(record.sources or () for record in records))
+    last = {name: of for name, of in returned.items() if name in names or not of <= taken}
+    return {state for name, of in (last or returned).items() if name not in names for state in of}
 
 
 def by_call(

@@ -61,6 +61,8 @@ class Returned:
         self._provenance, self._inputs, self._whole = provenance, inputs, whole
         self._places: dict[int, str] = {}
         self._further: set[str] = set()
+        # The last state, where weights that are no component's read it.
+        self._gone_on_with: frozenset[str] | None = None
 
     def find(
         self,
@@ -95,14 +97,15 @@ class Returned:
             # What a network hands on, as targets of whole graphs, does not tell what its rows are.
             if not tensor.is_nested and (sources is None or self._inputs.beyond(sources)):
                 self.rows.add(len(tensor))
-            if sources:
+            is_further = any(tensor is other for other in further)
+            if sources and (is_further or sources != self._gone_on_with):
                 own = numbered(name, len(self.made_of))
                 # The same numbers may be returned twice, under two names.
                 if {known for known, _ in self._provenance.stages(tensor)}.isdisjoint(self.made_of):
                     self._provenance.mark_returned(tensor, own)
                 self.sizes[own] = tensor.numel()
                 self.made_of[own] = sources = sources | self._mixed_into(own, tensor, call)
-                if any(tensor is other for other in further):
+                if is_further:
                     self._further.add(own)
                 if len(sources) > 1 or sources & moved or own in self._further:
                     self._places[place] = own
@@ -158,17 +161,19 @@ class Returned:
             tells = values.isfinite().all() and (values.shape[:1] == (1,) or varies(values))
             if not alike or not tells:
                 continue
-            if tensor.numel() < state.numel():
-                parts.append(tensor)
-                continue
             # A cast, as to the caller's type, makes nothing else of it.
             cast = state.to(values.dtype)
             shifted = tensor.shape == cast.shape and _are_shifted(values[:_FEW], cast[:_FEW])
+            is_part = tensor.numel() < state.numel()
             if self._provenance.holds_own(tensor) and not shifted:
                 weighted.append(tensor)
-            moved = tensor.shape != cast.shape or _are_moved(values, cast)
-            unlike.append(not (shifted or moved))
+            elif is_part:
+                parts.append(tensor)
+            if not is_part:
+                moved = tensor.shape != cast.shape or _are_moved(values, cast)
+                unlike.append(not (shifted or moved))
         whole = sum(part.numel() for part in parts) >= state.numel()
+        self._gone_on_with = frozenset({name}) if weighted else None
         found = weighted if whole else weighted + parts
         self.changes = name if unlike and all(unlike) and not found else None
         return found
