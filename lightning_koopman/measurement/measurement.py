@@ -493,14 +493,7 @@ class Measurement(Accumulator):
     ) -> Tensor | None:
         """Make the rows of a state of the chain; of others, compare."""
         if recorded.name not in self._known_plan.recorded:
-            if recorded.name in self._known_plan.alike and tensor.ndim and len(tensor):
-                self._compare(recorded.name, self._by_sample(recorded.name, tensor))
-            elif recorded.name in self._known_plan.places and tensor.ndim in (2, 3):
-                # Means over what holds data differ where samples are padded apart.
-                masks = masks_of(tensor.shape[-2], self._valid or valid_positions(self.capture.given))
-                counts = {len(mask) for mask in masks}
-                if len(counts) == 1 and (tensor.ndim == 2 or len(tensor) in (1, *counts)):
-                    self._compare(recorded.name, torch.cat(masks, dim=1))
+            self._compare(recorded.name, tensor)
             call = call_of(recorded.name)
             known = call in self._known_plan.forms or call in self.capture.parts
             if not known and module_of(call) not in self._known_plan.in_turns:
@@ -524,10 +517,22 @@ class Measurement(Accumulator):
 
     def _compare(self, name: str, tensor: Tensor) -> None:
         """Find out whether a state varies that did not in the first batch; a device is not asked."""
-        first = tensor[:1].detach().clone(), torch.zeros((), device="cpu")
+        told = list[Tensor]()
+        if name in self._known_plan.alike and tensor.ndim and len(tensor):
+            told.append(self._by_sample(name, tensor))
+        if name in self._known_plan.places and tensor.ndim in (2, 3):
+            # Means over what holds data differ where samples are padded apart.
+            masks = masks_of(tensor.shape[-2], self._valid or valid_positions(self.capture.given))
+            counts = {len(mask) for mask in masks}
+            if len(counts) == 1 and (tensor.ndim == 2 or len(tensor) in (1, *counts)):
+                told += masks
+        if not told:
+            return
+        rows = told[0] if len(told) == 1 else torch.cat([each.to(tensor).flatten(1) for each in told], 1)
+        first = rows[:1].detach().clone(), torch.zeros((), device="cpu")
         sample, differs = self._alike.get(name, first)
-        own = sample if sample.shape[1:] == tensor.shape[1:] else tensor[:1]
-        differs = differs.to(tensor.device) + (tensor != own.to(tensor.device)).any()
+        own = sample if sample.shape[1:] == rows.shape[1:] else rows[:1]
+        differs = differs.to(rows.device) + (rows != own.to(rows.device)).any()
         self._alike[name] = sample, differs
 
     @property
@@ -670,7 +675,7 @@ def plan_of(
     """Plan the chain of what a pass recorded; return also the records, and what pools their nodes."""
     returned, in_losses = capture.returned.made_of, capture.returned.in_losses
     if capture.untraced is not None:
-        records, returned, in_losses = in_a_row(records, returned), {}, frozenset()
+        records, returned, in_losses = in_a_row(records, returned), {}, {}
     pooled = pooling_index([r.tensor for r in records], capture.returned.rows, batch)
     records = [replace(r, tensor=pooled_by(pooled, r.tensor, batch)) for r in records]
     in_turns = frozenset() if named else capture.in_turns(records)

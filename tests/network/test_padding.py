@@ -383,6 +383,33 @@ def test_what_is_added_to_each_position_is_read_where_samples_come_one_by_one() 
     assert report.r2[0] == pytest.approx(1, abs=1e-9)
 
 
+class GivenPlaces(Placed):
+    """Is given the numbers of positions, and of segments, of which all are of one."""
+
+    def forward(self, ids: Tensor, mask: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        places = torch.arange(10) if position_ids is None else position_ids
+        h = self.tokens(ids) + self.places(places)
+        if position_ids is not None:
+            h = h + self.tokens(0 * position_ids)
+        return mean_of(self.layer(h), mask.bool())
+
+
+@pytest.mark.parametrize("first_is_padded", [True, False])
+def test_positions_that_are_given_count_as_those_that_the_network_has(first_is_padded: bool) -> None:
+    torch.manual_seed(0)
+    lengths = torch.randint(2, 11, (900,))
+    lengths[:100] = lengths[:100] if first_is_padded else 10
+    mask = torch.arange(10) < lengths[:, None]
+    given = {"ids": torch.randint(1, 20, (900, 10)) * mask, "mask": mask.long()}
+    net, options, totals = GivenPlaces(True).eval(), Options(reduce="mean", errors=False), []
+    for own in (given, {**given, "position_ids": torch.arange(10).expand(900, 10)}):
+        batches = [{k: v[i : i + 100] for k, v in own.items()} for i in range(0, 900, 100)]
+        report = credit_report(net, batches, options=options, max_samples=None)
+        assert "tokens+places" in {name for names in report.reads.values() for name in names}
+        totals.append(report.total)
+    assert totals[1] == pytest.approx(totals[0], abs=1e-6)
+
+
 class Biased(nn.Module):
     """Adds a number for each two positions to scores, as relative embeddings do."""
 

@@ -239,6 +239,28 @@ def test_where_more_than_that_is_read_nothing_is_kept(pick: Callable[[Tensor], T
     assert report_of(Mixing(pick)).widths == report_of(Mixing(lambda h: h.sum(1))).widths
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_loss_reads_of_a_head_what_it_is_computed_of(whole: bool) -> None:
+    class WithLoss(Mixing):
+        def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+            scores = self.head(self.b(torch.tanh(self.a(x)).cumsum(1)))
+            if y is None:
+                return scores[:, -1]
+            return F.cross_entropy(scores.mean(1) if whole else scores[:, -1], y), scores[:, -1]
+
+    torch.manual_seed(0)
+    net = WithLoss(lambda h: h).double()
+    x = torch.randn(600, 30, 6, dtype=torch.float64)
+    y, options = torch.randint(3, (600,)), Options(max_dim=MAX_DIM)
+    batches = [{"x": a, "y": b} for a, b in zip(x.split(100), y.split(100), strict=True)]
+    trained, alone = (credit_report(net, given, options=options) for given in (batches, x.split(100)))
+    place = trained.components.index("head")
+    assert alone.widths[place] == 3
+    assert trained.widths[place] == (MAX_DIM if whole else 3)
+    if not whole:
+        np.testing.assert_allclose(trained.credit, alone.credit, atol=1e-12)
+
+
 @pytest.mark.parametrize("as_list", [False, True])
 def test_hidden_states_that_are_returned_beside_the_output_change_nothing(as_list: bool) -> None:
     class Both(Mixing):

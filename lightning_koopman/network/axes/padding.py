@@ -167,16 +167,16 @@ def _likeness(name: str, others: Iterable[str]) -> int:
 def with_places(
     records: Sequence[Recorded], valid: Valid, varying: Collection[str] = ()
 ) -> dict[str, Recorded]:
-    """Give what the network adds to all samples alike, as position embeddings, a row for each of them.
+    """Give what is added to all samples alike, as position embeddings, a row for each of them.
 
     So it is where samples are padded apart, for means over what holds data then differ, or where it is
     among what is known to be ``varying`` in later batches.
     """
     found = {}
     for record in records:
-        tensor = record.tensor[None] if record.tensor.ndim == 2 else record.tensor
-        if not record.is_idle or tensor.ndim != 3:
+        if not is_added_to_all(record):
             continue
+        tensor = record.tensor[None] if record.tensor.ndim == 2 else record.tensor
         masks = masks_of(tensor.shape[1], valid)
         is_known = record.name in varying
         counts = {len(m) for m in masks if is_known or bool((m != m[:1]).any())}
@@ -184,6 +184,21 @@ def with_places(
             spread = tensor.expand(n_samples, -1, -1)
             found[record.name] = replace(record, tensor=spread, is_idle=False, ignores_data=False)
     return found
+
+
+def is_added_to_all(record: Recorded) -> bool:
+    """Check whether a state gives each position something else, and all samples the same.
+
+    It is the network's own, or of integers that are the same for all samples.
+    """
+    tensor = record.tensor
+    if not record.is_idle:
+        of_integers = not (record.from_float or record.sources)
+        if not of_integers or len(tensor) < 2 or varies(tensor):
+            return False
+    return (
+        tensor.ndim in (2, 3) and len(tensor) > 0 and varies(tensor if tensor.ndim == 2 else tensor[0])
+    )
 
 
 def masks_of(size: int, valid: Valid) -> list[Tensor]:

@@ -293,16 +293,16 @@ def _gathered(source: Tensor, axis: int, index: Tensor) -> tuple[int, Tensor | N
 def keeping_picked(
     forms: Mapping[str, RowForm],
     records: Sequence[Recorded],
-    read: Collection[str],
+    read: Mapping[str, Pick | None],
     max_dim: int,
     valid: Mapping[str, Tensor],
 ) -> dict[str, RowForm]:
     """Keep the position that a network goes on with alone, as of a class token.
 
-    What is picked of is that position, unless it is ``read`` otherwise as well. States before it that
-    have as many positions, or that functions mixed before it was picked, keep it behind the others if
-    they are too wide to be kept whole. One that differs by sample is kept if it is the last ``valid``
-    one.
+    What is picked of is that position, unless it is ``read`` otherwise as well, as by a loss. States
+    before it that have as many positions, or that functions mixed before it was picked, keep it behind
+    the others if they are too wide to be kept whole. One that differs by sample is kept if it is the
+    last ``valid`` one.
     """
     known = {record.name: record for record in records if record.name in forms}
     readers: dict[str, list[Recorded]] = {name: [] for name in known}
@@ -335,8 +335,9 @@ def keeping_picked(
     picked: dict[str, Pick] = {}
     for name in known:
         found = {reader.picks.get(name) for reader in readers[name]}
+        found |= {read[name]} if name in read else set()
         pick = found.pop() if len(found) == 1 else None
-        if name not in read and pick is not None and is_of(pick, name):
+        if pick is not None and is_of(pick, name):
             picked[name] = pick
     kept = dict[str, RowForm]()
 

@@ -12,9 +12,15 @@ from torch import Tensor
 
 from lightning_koopman.network.axes.forms import batch_size, row_forms, rows_without_samples
 from lightning_koopman.network.axes.input_data import rows_given
-from lightning_koopman.network.axes.padding import Valid, lengths_of, with_padding, with_places
+from lightning_koopman.network.axes.padding import (
+    Valid,
+    is_added_to_all,
+    lengths_of,
+    with_padding,
+    with_places,
+)
 from lightning_koopman.network.axes.picks import keeping_picked
-from lightning_koopman.network.axes.recorded import Recorded
+from lightning_koopman.network.axes.recorded import Pick, Recorded
 from lightning_koopman.network.axes.rows import ReduceOption, RowForm, by_sample
 from lightning_koopman.network.capture.graph import (
     Graph,
@@ -46,7 +52,7 @@ class Plan:
         notes: What a reader of the report must know beside what :attr:`constant` says.
         constant: Names that are left out for they were the same for all samples of the first batch.
         alike: Those of them that data reach.
-        places: Those that the network makes of what it holds itself.
+        places: Those that are added to all samples alike, whose means may differ by padding.
         in_turns: Components that get other samples in each batch, or none.
     """
 
@@ -132,7 +138,7 @@ def make_plan(
     named: bool,
     max_dim: int,
     returned: Mapping[str, frozenset[str]],
-    in_losses: frozenset[str],
+    in_losses: Mapping[str, Pick | None],
     in_turns: frozenset[str],
     valid: Valid,
     end: str | None = None,
@@ -146,8 +152,8 @@ def make_plan(
     """
     notes: list[str] = []
     given = _with_fitting_ends(records, batch)
-    read = in_losses | _read_by_caller(given, returned)
-    records, tensors, returned, in_losses = by_call(given, returned, in_losses)
+    read = {**in_losses, **dict.fromkeys(_read_by_caller(given, returned))}
+    records, tensors, returned, reach_losses = by_call(given, returned, in_losses)
     ran = [record.name for record in records]
     if end is not None and end not in ran:
         raise ValueError(
@@ -174,7 +180,7 @@ def make_plan(
     }
     own = [r for r in records if not is_sum(r.name)]
     apart = graph.without_sums()
-    ends = [end] if end is not None else chain_ends(own, apart, returned, in_losses, turned)
+    ends = [end] if end is not None else chain_ends(own, apart, returned, reach_losses, turned)
     for name in graph.keys() & returned.keys() - {*ends}:
         del graph[name]
     constant: list[str] = []
@@ -228,7 +234,7 @@ def make_plan(
         notes=tuple(notes),
         constant=tuple(constant),
         alike=tuple(name for name in constant if name in reached),
-        places=frozenset(r.name for r in records if r.name in constant and r.is_idle),
+        places=frozenset(r.name for r in records if r.name in constant and is_added_to_all(r)),
         in_turns=in_turns - {module_of(name) for group in recorded for name in group},
     )
 
@@ -237,7 +243,7 @@ def _with_forms(
     given: Sequence[Recorded],
     records: Sequence[Recorded],
     tensors: dict[str, list[Recorded]],
-    read: Collection[str],
+    read: Mapping[str, Pick | None],
     batch: Any,
     valid: Valid,
     reduce: ReduceOption,
@@ -278,7 +284,7 @@ def _read_by_caller(records: Sequence[Recorded], returned: Mapping[str, frozense
 
 
 def by_call(
-    records: Sequence[Recorded], returned: Mapping[str, frozenset[str]], in_losses: frozenset[str]
+    records: Sequence[Recorded], returned: Mapping[str, frozenset[str]], in_losses: Collection[str]
 ) -> tuple[list[Recorded], dict[str, list[Recorded]], dict[str, frozenset[str]], frozenset[str]]:
     """Let one record stand for each module call, and say which of its tensors make its state.
 
@@ -288,7 +294,7 @@ def by_call(
     for record in records:
         calls.setdefault(call_of(record.name), []).append(record)
     read = frozenset().union(*(record.sources or () for record in records))
-    reaching = in_losses.union(*returned.values())
+    reaching = frozenset(in_losses).union(*returned.values())
     chosen, tensors = [], {}
     for call, given in calls.items():
         first = next((record for record in given if record.name == call), given[0])
@@ -312,16 +318,16 @@ def by_call(
 def ends_of(
     records: Sequence[Recorded],
     returned: Mapping[str, frozenset[str]],
-    in_losses: frozenset[str],
+    in_losses: Collection[str],
     batch: Any,
 ) -> list[str]:
     """List the states that the chain of the components chosen by default would end with."""
     fitting = _with_fitting_ends(records, batch)
-    records, _, returned, in_losses = by_call(fitting, returned, in_losses)
+    records, _, returned, reach_losses = by_call(fitting, returned, in_losses)
     graph, losses = graph_of(records, []).without_sums(), _losses(records, returned, None)
     graph.take_out(*losses)
     own = [r for r in records if r.name in graph]
-    return chain_ends(own, graph, returned, in_losses)
+    return chain_ends(own, graph, returned, reach_losses)
 
 
 def _leave_out_sums(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman.network.access.watch import unseen
-from lightning_koopman.network.axes.recorded import Recorded
+from lightning_koopman.network.axes.recorded import Pick, Recorded
 from lightning_koopman.network.flow.inputs import Call, Inputs
 from lightning_koopman.network.flow.provenance import Provenance
 from lightning_koopman.network.names import module_of, numbered
@@ -44,7 +44,8 @@ class Returned:
         made_of: The states that reach each tensor with samples. Those of several states are states
             themselves, under the same name, as is what is less than the last one or more was done with.
         sizes: How many numbers each tensor holds.
-        in_losses: The states that reach single numbers, as losses are.
+        in_losses: The states that reach single numbers, as losses are, with the position that is read of
+            each, if it is one alone.
         rows: How many rows the tensors have that are made of states.
         changes: The last state, where every tensor that is made of it alone is another function of it,
             without being a state of its own.
@@ -54,7 +55,7 @@ class Returned:
     def __init__(self, provenance: Provenance, inputs: Inputs, whole: Call) -> None:
         self.made_of: dict[str, frozenset[str]] = {}
         self.sizes: dict[str, int] = {}
-        self.in_losses: frozenset[str] = frozenset()
+        self.in_losses: dict[str, Pick | None] = {}
         self.rows: set[int] = set()
         self.changes: str | None = None
         self.compares = False
@@ -87,7 +88,10 @@ class Returned:
             further = [] if last is None else self._beyond(*last, output)
         for place, tensor in enumerate(tensors_inside(output)):
             if not tensor.ndim:
-                self.in_losses |= self._provenance.parts_of(tensor) or frozenset()
+                picks = self._provenance.picks(tensor)
+                for state in self._provenance.parts_of(tensor) or ():
+                    pick = picks.get(state)
+                    self.in_losses[state] = pick if self.in_losses.get(state, pick) == pick else None
             if self._provenance.compares_samples(tensor, all_tensors(call), module):
                 self.compares |= bool(self._provenance.parts_of(tensor))
                 continue
