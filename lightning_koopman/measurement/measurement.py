@@ -632,8 +632,8 @@ class Measurement(Accumulator):
                 "let forward() return what has a row per sample"
             )
         if len(self.chain.names) == 2:
-            leaf = all(map(is_leaf, self._modules()[0]))
-            advice = "" if leaf else "; name smaller parts with components=[...]"
+            (calls, *_), leaf = self._calls(), all(map(is_leaf, self._modules()[0]))
+            advice = "" if leaf else f"; name its parts, as with components='{module_of(calls[0])}.*'"
             notes.append(
                 f"the network has one component, {self.chain.names[1]!r}, whose credit is 0 by "
                 f"definition, as of every last one{advice}"

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_koopman.network.arguments import check_type
 
@@ -141,20 +142,38 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     tree = _Tree(model)
     name, node = "", model
     children = tree.children(node, name)
+    # A training holds networks side by side, of which some are copies that it does not train.
+    copies = _copies(children) if hasattr(model, "training_step") else []
+    children = [pair for pair in children if pair not in copies]
     while len(children) == 1:
         name, node = children[0]
         children = tree.children(node, name)
     if not children:
         if has_weights(node):
             yield name or type(node).__name__, node
+        yield from copies
         return
-    tree.compare(node)
+    tree.compare(node, but=[copy for _, copy in copies])
     parts = list(tree.opened(children, towers=not isinstance(node, _CONTAINERS)))
     # Two towers such as encoder and decoder say little: look one level into them.
     if len(parts) < 3:
         deeper = [inner for part in parts for inner in tree.open_wrapper(*part)]
         parts = deeper if len(deeper) > len(parts) else parts
-    yield from parts
+    yield from (*parts, *copies)
+
+
+def _copies(networks: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """List copies of others that are not trained beside them: teachers, targets, averaged weights."""
+
+    def is_trained(module: nn.Module) -> bool:
+        return not (is_frozen(module) or isinstance(module, AveragedModel))
+
+    trained = {type(module) for _, module in networks if is_trained(module)}
+    return [
+        (name, module)
+        for name, module in networks
+        if not is_trained(module) and not trained.isdisjoint(map(type, (module, *module.children())))
+    ]
 
 
 class _Tree:
@@ -194,10 +213,11 @@ class _Tree:
             for inner, part in module.named_modules(prefix=name)
         )
 
-    def compare(self, root: nn.Module) -> None:
-        """Find what repeats below a module."""
-        for parent in root.modules():
-            for child in parent.children():
+    def compare(self, root: nn.Module, but: Sequence[nn.Module]) -> None:
+        """Find what repeats below a module, ``but`` in copies of it."""
+        copied = {id(part) for copy in but for part in copy.modules()}
+        for parent in (module for module in root.modules() if id(module) not in copied):
+            for child in (c for c in parent.children() if id(c) not in copied):
                 of_list = isinstance(parent, _CONTAINERS)
                 self._alike.setdefault(type(child), []).append((child, of_list))
         self._stages = {

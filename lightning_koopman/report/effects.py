@@ -29,9 +29,9 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 def check_kinds(effects: Any) -> None:
     """Refuse what names no kinds."""
-    check_type((Collection, f"a list of some of {KINDS}"), effects=effects)
+    check_type((Collection, f"a list of some of {KINDS}, or () for none"), effects=effects)
     if odd := effects if isinstance(effects, str) else [kind for kind in effects if kind not in KINDS]:
-        raise ValueError(f"effects is {odd!r}; give a list of some of {KINDS}")
+        raise ValueError(f"effects is {odd!r}; give a list of some of {KINDS}, or () for none")
 
 
 Scale = Literal["kl", "relative"]

@@ -84,6 +84,7 @@ def update(**given: Any) -> None:
         (evaluate, {"effects": 2}, r"effects is 2; it must be a list of some of \('linear'"),
         (evaluate, {"effects": "skip"}, r"effects is 'skip'; give a list of some of \('linear'"),
         (KoopmanCreditMonitor, {"effects": None}, "effects is None; it must be a list of some of"),
+        (KoopmanCreditMonitor, {"effects": False}, r"effects is False; .* or \(\) for none"),
         (KoopmanCreditMonitor, {"max_overhead": "5%"}, "max_overhead is '5%'; it must be a number"),
         (KoopmanCreditMonitor, {"every_n_epochs": 1.5}, r"every_n_epochs is 1\.5; it must be an"),
         (KoopmanCreditMonitor, {"max_samples": "9"}, "max_samples is '9'; it must be an integer"),

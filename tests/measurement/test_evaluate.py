@@ -646,7 +646,8 @@ def test_a_network_of_one_component_is_told_that_its_credit_says_nothing(mlp):
     )
     whole = credit_report(nn.Sequential(mlp), [samples()], components=["0"])
     (note,) = [n for n in whole.notes if "one component" in n]
-    assert note.endswith("as of every last one; name smaller parts with components=[...]")
+    assert note.endswith("as of every last one; name its parts, as with components='0.*'")
+    assert len(credit_report(nn.Sequential(mlp), [samples()], components="0.*").components) > 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Which modules are taken for the network's components."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -197,6 +198,54 @@ def test_the_automatic_choice_is_what_a_person_would_draw(kind):
     assert list(chosen) == expected
     modules = dict(model.named_modules())
     assert all(modules.get(name, model) is module for name, module in chosen.items())
+
+
+class Small(nn.Module):
+    """A network of plain attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x)))
+
+
+class Training(nn.Module):
+    """Holds networks as a LightningModule does."""
+
+    def __init__(self, **networks: nn.Module) -> None:
+        super().__init__()
+        for name, network in networks.items():
+            self.add_module(name, network)
+
+    def training_step(self, batch, index):
+        return self.net(batch).square().mean()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda net: copy.deepcopy(net).requires_grad_(False),
+        lambda net: nn.Sequential(copy.deepcopy(net)).requires_grad_(False),
+        torch.optim.swa_utils.AveragedModel,
+    ],
+)
+def test_a_teacher_beside_a_network_does_not_keep_it_closed(make):
+    net = Small()
+    both = named_components(Training(net=net, other=make(net)))
+    assert list(both) == ["net.first", "net.last", "other"]
+    beside = named_components(Training(net=net, other=make(net), head=nn.Linear(2, 2)))
+    assert list(beside) == ["net", "head", "other"]
+
+
+def test_frozen_parts_of_a_network_are_parts_like_any():
+    net = nn.Sequential(Small().requires_grad_(False), Small())
+    assert list(named_components(net)) == ["0", "1"]
+    # Of networks that are all trained, or not at all, none is a copy.
+    for frozen in (False, True):
+        both = Training(net=Small(), other=Small()).requires_grad_(not frozen)
+        assert list(named_components(both)) == ["net", "other"]
 
 
 @pytest.mark.parametrize(
