@@ -134,7 +134,14 @@ def of_lists(model: nn.Module, norms: Iterable[nn.Module]) -> frozenset[int]:
 
 def is_leaf(module: nn.Module) -> bool:
     """Check whether a module has no parts; those of quantised ones are packed weights."""
-    return _is_quantised(module) or not any(True for _ in module.children())
+    return _is_quantised(module) or not any(True for _ in _own_children(module))
+
+
+def _own_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Walk through what a module holds, but for what a weight is derived by, which gives no state."""
+    for name, child in module.named_children():
+        if name != "parametrizations" or not is_parametrized(module):
+            yield name, child
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -197,9 +204,7 @@ class _Tree:
             return []
         named = [
             (clean_name(f"{prefix}.{name}" if prefix else name), unwrapped(child))
-            for name, child in module.named_children()
-            # What a weight is derived by gives no state.
-            if name != "parametrizations" or not is_parametrized(module)
+            for name, child in _own_children(module)
         ]
         return [(name, child) for name, child in named if self._holds_weights(name, child)]
 

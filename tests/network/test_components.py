@@ -587,3 +587,14 @@ def test_a_call_is_found_through_wrappers_and_in_scripted_modules_or_refused_by_
     for name in ("body.b", "scripted.1", "body.a.0.weight"):
         with pytest.raises(ValueError, match=f"Net has no module '{name}', which the report names"):
             find_module(net, name)
+
+
+def test_layers_whose_weights_are_derived_have_the_norms_behind_them():
+    def make():
+        parts = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)]
+        return nn.Sequential(*parts)
+
+    plain, derived = make(), make()
+    for layer in derived[::3]:
+        torch.nn.utils.parametrizations.weight_norm(layer)
+    assert list(named_components(derived)) == list(named_components(plain)) == ["0", "3"]
