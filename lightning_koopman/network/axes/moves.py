@@ -120,7 +120,8 @@ def move(
     ]
     for place, value in _values(op, args):
         moved = [numbers(tensor) for tensor in all_tensors(value)]
-        given[place] = moved[0].clone() if isinstance(value, Tensor) else moved
+        moved = [each.clone() for each in moved] if op.written else moved
+        given[place] = moved[0] if isinstance(value, Tensor) else moved
     if adds_up(op.name, args):
         return _added(op, given)
     if op.name == "as_strided":
