@@ -91,6 +91,11 @@ def chooses(op: Operator) -> bool:
     return op.name in _SORTS
 
 
+def puts(op: Operator) -> bool:
+    """Check whether an operator puts entries into its first argument."""
+    return op.name in PUTS | SUMS or op.name == "put" or op.name.endswith("_scatter")
+
+
 def adds_up(name: str, args: Sequence[Any]) -> bool:
     """Check whether an operator adds entries to others, at places that it is told of."""
     return name in SUMS or (name in ("index_put", "put") and len(args) > 3 and bool(args[3]))

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lightning_koopman.network.axes.batch_axes import BatchAxes
 from lightning_koopman.network.axes.moves import (
-    SUMS,
     axes_met,
     axes_moved,
     chooses,
     move,
+    puts,
     rows_along,
     values_moved,
 )
@@ -31,7 +31,7 @@ from lightning_koopman.network.axes.order import (
     same,
     without,
 )
-from lightning_koopman.network.operators import PRODUCTS, PUTS, VIEWS, Operator
+from lightning_koopman.network.operators import PRODUCTS, VIEWS, Operator
 from lightning_koopman.network.tensors import (
     address_of,
     all_tensors,
@@ -157,7 +157,7 @@ class RowOrders:
         if place is not None:
             is_part = tensor.shape[place.axis] % (self._axes.size(self._which) * place.inner)
             return place.axis if place.axis in axes or is_part else None
-        for axis in axes:
+        for axis in sorted(axes):
             size, first = tensor.shape[axis], tensor.shape[0]
             is_told = (axis == 1 and tensor.ndim == 3) or size in self.of(tensor)
             # Of two axes of one size, the second are positions.
@@ -203,7 +203,10 @@ class RowOrders:
         axis = self._axis_of_rows(tensor, axes) if place is None else place.axis
         if axis is None:
             return None
-        size = tensor.shape[axis]
+        size, met = tensor.shape[axis], known.get(count)
+        if place is not None and met is not None and met.mixed and size > met.base:
+            # Rows that have met, with others beside them, are in no order any more.
+            return None
         if place is not None and (self._is_part(tensor, axis) or (size not in known and size % count)):
             entries = self._axes.entries(tensor, self._which)
             order = known.get(count, Order(places_like(count, tensor), count, False))
@@ -219,50 +222,29 @@ class RowOrders:
         """Return the orders where an operator moves entries, of which the numbers of rows tell."""
         values = values_moved(op, args)
         data = [tensor for tensor in values if self._is_data(tensor)]
-        is_put = op.name in PUTS | SUMS or op.name.endswith("_scatter") or op.name == "put"
-        if not data or (is_put and all(tensor is values[0] for tensor in data)):
-            # Of what is put anywhere and is no data, nothing changes.
+        if not data or (puts(op) and all(tensor is values[0] for tensor in data)):
             return None
         if len(values) == 1 and ROW in self.of(values[0]) and "pad" not in op.name:
             return [(tensor, self.of(values[0])) for tensor in all_tensors(out)]
-        axes = {id(tensor): axes_moved(op, args, tensor) for tensor in data}
-        if all(self._axis_of_rows(tensor, axes[id(tensor)]) is None for tensor in data):
+        axes = [axes_moved(op, args, tensor) for tensor in data]
+        if all(self._axis_of_rows(*each) is None for each in zip(data, axes, strict=True)):
             # Indices along other axes have rows of their own.
             by_index, joined = op.name.startswith("index"), self._joined(values)
             return [(tensor, joined) for tensor in all_tensors(out)] if by_index else None
-        entries = dict[int, tuple[Tensor, int, Order]]()
-        for tensor in data:
-            told = self._entries(tensor, axes[id(tensor)])
-            if told is None:
-                return None
-            entries[id(tensor)] = told
-            met = self.of(tensor).get(self._axes.size(self._which))
-            is_told = self._axes.find(tensor, self._which) is not None
-            if is_told and met is not None and met.mixed and told[1] > met.base:
-                # Rows that have met, with others beside them, are in no order any more.
-                return None
-        orders = [order for *_, order in entries.values()]
-        sizes = {size for _, size, _ in entries.values()}
-        # Steps of packed sequences have that of the samples, too.
-        steps = "pack" in op.name or (op.name == "cat" and len(sizes) > 1)
-        sizes |= {1} if ROW in sizes else {ROW}
-        for tensor in data:
-            merged = [axes for size, axes in self._merges(tensor).items() if size in sizes]
-            sizes |= {n for axes in merged for n in (*axes, *itertools.accumulate(axes, operator.mul))}
-        others = {
-            size: order
-            for size, order in self._joined(values).items()
-            if size not in sizes or (steps and order.is_of_all)
-        }
+        entries = [self._entries(*each) for each in zip(data, axes, strict=True)]
+        known = [each for each in entries if each is not None]
+        if len(known) < len(data):
+            return None
+        orders, others = [order for *_, order in known], self._left(op, values, data, known)
         if len({order.base for order in orders}) > 1:
             return [(tensor, others) for tensor in all_tensors(out)]
 
         def numbers(tensor: Tensor) -> Tensor:
-            known = entries.get(id(tensor))
-            return torch.zeros_like(tensor, dtype=torch.long) if known is None else known[0].long() + 1
+            rows = next((rows for t, (rows, *_) in zip(data, known, strict=True) if t is tensor), None)
+            return torch.zeros_like(tensor, dtype=torch.long) if rows is None else rows.long() + 1
 
-        numbered = move(op, args, out, numbers)
-        if numbered is None:
+        told = move(op, args, out, numbers)
+        if told is None:
             # Sums over several rows, as over neighbours, are of the row that they are put into.
             return [(tensor, {**others, **self.of(args[0])}) for tensor in all_tensors(out)]
         indices = [t for t in all_tensors(args) if all(t is not value for value in values)]
@@ -271,10 +253,10 @@ class RowOrders:
             orders[0].rows,
             orders[0].base,
             moved=not fixed or any(order.moved for order in orders),
-            mixed=numbered[1] or any(order.mixed for order in orders),
+            mixed=told[1] or any(order.mixed for order in orders),
         )
         found = Found()
-        for tensor, each in zip(all_tensors(out), numbered[0], strict=True):
+        for tensor, each in zip(all_tensors(out), told[0], strict=True):
             if each is None:
                 found.append((tensor, NO_ORDERS))
                 continue
@@ -283,11 +265,26 @@ class RowOrders:
             order = self._laid_out(tensor, each, before, data[0])
             if order is None:
                 return None
-            if tensor.ndim < data[0].ndim and len(order.rows) == 1:
-                found.append((tensor, {**others, ROW: order}))
-            else:
-                found.append((tensor, self._settled(order, others, [] if fixed else orders)))
+            found.append((tensor, self._settled(order, others, [] if fixed else orders)))
         return found
+
+    def _left(
+        self,
+        op: Operator,
+        values: Sequence[Tensor],
+        data: Sequence[Tensor],
+        known: Sequence[tuple[Tensor, int, Order]],
+    ) -> Orders:
+        """Return the orders that what an operator moves has beside those of the rows that it moves."""
+        sizes = {size for _, size, _ in known}
+        # Steps of packed sequences have that of the samples, too.
+        steps = "pack" in op.name or (op.name == "cat" and len(sizes) > 1)
+        sizes |= {1} if ROW in sizes else {ROW}
+        for tensor in data:
+            for merged in (axes for size, axes in self._merges(tensor).items() if size in sizes):
+                sizes = sizes.union(merged, itertools.accumulate(merged, operator.mul))
+        joined = self._joined(values).items()
+        return {s: order for s, order in joined if s not in sizes or (steps and order.is_of_all)}
 
     def _laid_out(self, tensor: Tensor, numbers: Tensor, before: Order, source: Tensor) -> Order | None:
         """Return the order of what holds entries of some rows, ``None`` where these stay in place.
