@@ -30,6 +30,9 @@ _BY_AXES = (
 )
 """Move entries along axes that they are told of."""
 
+_WHOLE = (_BY_AXES - _SORTS - {"gather", "scatter", "scatter_add", "scatter_reduce"}) | {"stack"}
+"""Move all that there is at a place along these axes together."""
+
 MOVES = (
     _BY_INDEX
     | _BY_AXES
@@ -119,26 +122,51 @@ def move(
         index = kinds.new_empty(int(kinds.max()) + 1 if len(kinds) else 0)
         index[kinds] = torch.arange(len(kinds), device=kinds.device)
         return [told.index_select(axis, index), None, None], False
-    arguments = [each for each in op.func._schema.arguments[: len(args)] if not each.kwarg_only]
-    given: list[Any] = [
-        0 if each.name == "value" else arg for each, arg in zip(arguments, args, strict=False)
-    ]
+    named = [arg.name for arg in op.func._schema.arguments if not arg.kwarg_only]
+    given = [0 if name == "value" else arg for name, arg in zip(named, args, strict=False)]
     for place, value in _values(op, args):
-        moved = [numbers(tensor) for tensor in all_tensors(value)]
-        moved = [each.clone() for each in moved] if op.written else moved
-        given[place] = moved[0] if isinstance(value, Tensor) else moved
+        each = [numbers(tensor) for tensor in all_tensors(value)]
+        given[place] = each[0] if isinstance(value, Tensor) else each
+    places = [place for place, _ in _values(op, args)]
+    given = _cut(op, args, given, places)
+    for place in places if op.written else ():
+        given[place] = given[place].clone()
     if adds_up(op.name, args):
-        return _added(op, given)
+        added = _added(op, given)
+        return None if added is None else ([added[0].expand(args[0].shape)], added[1])
     if op.name == "as_strided":
         # Of entries that lie in memory as those of the tensor do.
         memory = given[0].new_zeros(source.untyped_storage().nbytes() // source.element_size())
         view = memory.as_strided(source.shape, source.stride(), source.storage_offset())
         given[0] = view.copy_(given[0])
-    first, *others = all_tensors(op.func(*given))
+    first, *others = (
+        each if each.dtype != torch.long else each.expand(like.shape)
+        for each, like in zip(all_tensors(op.func(*given)), all_tensors(out), strict=True)
+    )
     return [first, *(None if "pack" in op.name else each for each in others)], False
 
 
-def _added(op: Operator, given: list[Any]) -> tuple[list[Tensor | None], bool] | None:
+def _cut(op: Operator, args: Sequence[Any], given: list[Any], places: Sequence[int]) -> list[Any]:
+    """Leave out copies of numbers along axes that an operator moves nothing along."""
+    indices = all_tensors(args[1]) if op.name in _BY_INDEX else []
+    values = [tensor for place in places for tensor in all_tensors(given[place])]
+    by_axis = op.name in _WHOLE or (len(indices) == 1 and indices[0].ndim == 1)
+    if not by_axis or len({tensor.ndim for tensor in values}) > 1:
+        return given
+    kept = axes_moved(op, args, values[0])
+    cut = tuple(
+        slice(None)
+        if axis in kept or any(t.stride(axis) and t.shape[axis] > 1 for t in values)
+        else slice(1)
+        for axis in range(values[0].ndim)
+    )
+    return [
+        arg if i not in places else arg[cut] if isinstance(arg, Tensor) else [each[cut] for each in arg]
+        for i, arg in enumerate(given)
+    ]
+
+
+def _added(op: Operator, given: list[Any]) -> tuple[Tensor, bool] | None:
     """Return what :func:`move` does where numbers are added to others."""
     place, func = (2 if op.name in ("index_put", "put") else 3), op.func
     if op.name in SUMS:
@@ -154,7 +182,7 @@ def _added(op: Operator, given: list[Any]) -> tuple[list[Tensor | None], bool] |
         return None
     placed = put(rows)
     met = bool(((placed > 0) & (before > 0) & (placed != before)).any())
-    return [torch.where(before > 0, before, placed)], met
+    return torch.where(before > 0, before, placed), met
 
 
 def axes_met(op: Operator, args: Sequence[Any]) -> tuple[Tensor, Collection[int]] | None:
@@ -177,8 +205,15 @@ def axes_met(op: Operator, args: Sequence[Any]) -> tuple[Tensor, Collection[int]
     return (args[0], axes) if axes else None
 
 
+def narrowed(numbers: Tensor, axis: int | None = None) -> Tensor:
+    """Leave out copies of numbers along other axes than one."""
+    axes = enumerate(numbers.stride())
+    return numbers[tuple(slice(None) if step or k == axis else slice(1) for k, step in axes)]
+
+
 def rows_along(numbers: Tensor, axis: int) -> Tensor | None:
     """Return the row of each entry along an axis, and 0 for none, if others along it are of the same."""
+    numbers = narrowed(numbers, axis)
     other = numbers.movedim(axis, 0).flatten(1) if numbers.ndim > 1 else numbers[:, None]
     if not other.numel():
         return numbers.new_zeros(other.shape[0])

@@ -16,6 +16,7 @@ from lightning_koopman.network.axes.moves import (
     axes_moved,
     chooses,
     move,
+    narrowed,
     puts,
     rows_along,
     values_moved,
@@ -193,10 +194,10 @@ class RowOrders:
         return Order(rows % merged[1], merged[1], False) if repeated else Order(rows, size, False)
 
     def _entries(self, tensor: Tensor, axes: Collection[int]) -> tuple[Tensor, int, Order] | None:
-        """Return which row each entry is of, and the order that tells, of how many rows."""
+        """Return which row each entry is of, from 1 on, and the order that tells, of how many rows."""
         known = self.of(tensor)
         if (row := known.get(ROW)) is not None and len(row.rows):
-            return row.rows.view([1] * tensor.ndim).expand(tensor.shape), ROW, row
+            return (row.rows + 1).view([1] * tensor.ndim).expand(tensor.shape), ROW, row
         if not tensor.ndim:
             return None
         place, count = self._axes.find(tensor, self._which), self._axes.size(self._which)
@@ -212,9 +213,10 @@ class RowOrders:
             order = known.get(count, Order(places_like(count, tensor), count, False))
             if entries is None or not order.is_of_all:
                 return None
-            return order.rows[entries], count, order
+            return order.rows[entries] + 1, count, order
         order = self._rows(tensor, axis)
-        return order.rows.view(-1, *[1] * (tensor.ndim - axis - 1)).expand(tensor.shape), size, order
+        ends = [1] * (tensor.ndim - axis - 1)
+        return (order.rows + 1).view(-1, *ends).expand(tensor.shape), size, order
 
     # What operators do to them.
 
@@ -241,7 +243,9 @@ class RowOrders:
 
         def numbers(tensor: Tensor) -> Tensor:
             rows = next((rows for t, (rows, *_) in zip(data, known, strict=True) if t is tensor), None)
-            return torch.zeros_like(tensor, dtype=torch.long) if rows is None else rows.long() + 1
+            if rows is None:
+                return torch.zeros(1, dtype=torch.long, device=tensor.device).expand(tensor.shape)
+            return rows.long().to(tensor.device)
 
         told = move(op, args, out, numbers)
         if told is None:
@@ -292,9 +296,10 @@ class RowOrders:
         Rows of entries are counted from 1, and 0 is for none.
         """
         base, count = before.base, self._axes.size(self._which)
-        if tensor.ndim < source.ndim and numbers.numel() and bool((numbers == numbers.max()).all()):
+        few = narrowed(numbers)
+        if tensor.ndim < source.ndim and few.numel() and bool((few == few.max()).all()):
             # A row without an axis of its own.
-            return before._replace(rows=numbers.flatten()[:1] - 1)
+            return before._replace(rows=few.flatten()[:1] - 1)
         place, after = (self._axes.find(t, self._which) for t in (source, tensor))
         first = 0 if after is None else after.axis
 
@@ -407,9 +412,9 @@ class RowOrders:
         """Return the orders of what rows were copied into, also of all memory where that is a part."""
         if is_all_of_memory(target):
             return [(out, self._joined([source]))]
-        place = self._axes.find(source, self._which)
-        if place is not None and target.ndim == source.ndim and self._is_askew(target, place.axis):
-            count = self._axes.size(self._which)
+        place, count = self._axes.find(source, self._which), self._axes.size(self._which)
+        axis = 0 if place is None or target.ndim != source.ndim else place.axis
+        if self._is_askew(target, axis, is_own=address_of(source) == address_of(target)):
             return [(out, self._mixed(Order(places_like(count, target), count), NO_ORDERS))]
         size, known = target.shape[0] if target.ndim else 0, self.of(source)
         order, row = known.get(size), target[:1] if size else target
@@ -440,13 +445,16 @@ class RowOrders:
         self._keep(target)
         return []
 
-    def _is_askew(self, part: Tensor, axis: int) -> bool:
+    def _is_askew(self, part: Tensor, axis: int, *, is_own: bool) -> bool:
         """Check whether rows along an inner axis of a part of memory are not where all rows may be."""
         size, step, count = part.shape[axis], part.stride(axis), self._axes.size(self._which)
         outer = [s for n, s in zip(part.shape, part.stride(), strict=True) if n > 1 and s > step > 0]
         if not axis or not outer:
             return False
-        return size % count > 0 or int(part.storage_offset()) % min(outer) // step % size > 0
+        if size % count:
+            # Beside all rows, as circular pads have some of them.
+            return is_own
+        return int(part.storage_offset()) % min(outer) // step % size > 0
 
     def _joined(self, reads: Sequence[Tensor]) -> Orders:
         """Return the orders of what is made of several tensors, row by row."""
@@ -458,10 +466,9 @@ class RowOrders:
             self._sizes(tensor) - each.keys() for tensor, each in zip(reads, orders, strict=True)
         ]
         joined = {}
-        with_rows = [of for tensor, of in zip(reads, orders, strict=True) if of or self._is_data(tensor)]
         for size in {size for each in known for size in each}:
             found = [each[size] for each in known if size in each]
-            if size == ROW and len(found) < len(with_rows):
+            if size == ROW and any(ROW not in self.of(t) and self._is_data(t) for t in reads):
                 # A row that is put to others, as the first one that is taken off all, is in each.
                 continue
             order = agreed(size, found, any(size in sizes for sizes in in_order))
@@ -481,4 +488,6 @@ def _are_all(numbers: Tensor, before: Tensor) -> bool:
     """Check whether all numbers that there were are there again, in whatever order."""
     if numbers.numel() != before.numel():
         return False
-    return torch.equal(*(each.flatten().sort()[0] for each in (numbers, before)))
+    few = narrowed(numbers), narrowed(before)
+    pair = few if few[0].numel() == few[1].numel() else (numbers, before)
+    return torch.equal(*(each.flatten().sort()[0] for each in pair))
