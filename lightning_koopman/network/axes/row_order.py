@@ -269,7 +269,9 @@ class RowOrders:
             order = self._laid_out(tensor, each, before, data[0])
             if order is None:
                 return None
-            found.append((tensor, self._settled(order, others, [] if fixed else orders)))
+            settled = self._settled(order, others, [] if fixed else orders)
+            is_row = tensor.ndim < data[0].ndim and len(order.rows) == 1
+            found.append((tensor, {**others, ROW: order} if is_row else settled))
         return found
 
     def _left(
