@@ -32,7 +32,6 @@ class MetRows:
         orders: Returns the orders of a tensor's rows.
         merges: Tells which axes were merged into first ones of a tensor's memory, by their sizes.
         axes: Tells where samples are in tensors, as far as that is known.
-        which: By which axis of the batch's tensors samples are told.
         keep: Called with each tensor of which something is known, so that its address is not given to
             another.
     """
@@ -42,11 +41,9 @@ class MetRows:
         orders: Callable[[Tensor], Orders],
         merges: Callable[[Tensor], Mapping[int, tuple[int, ...]]],
         axes: BatchAxes,
-        which: int,
         keep: Callable[[Tensor], None],
     ) -> None:
-        self._orders, self._merges, self._axes, self._which = orders, merges, axes, which
-        self._keep = keep
+        self._orders, self._merges, self._axes, self._keep = orders, merges, axes, keep
         self._of: dict[int, frozenset[int]] = {}
 
     def of(self, tensor: Tensor) -> Orders:
@@ -69,7 +66,7 @@ class MetRows:
         for tensor in reads if op.name not in _COPIES else ():
             split = {size for size in self._known_merges(tensor) if self._is_split(tensor, size)}
             # Where samples go that are but moved is told.
-            split -= {self._axes.size(self._which)} if op.name in MOVES else set()
+            split -= {self._axes.size(0)} if op.name in MOVES else set()
             if split and op.is_pointwise and made[0].numel() == tensor.numel():
                 same = (other for other in reads if address_of(other) == address_of(tensor))
                 if all(view_of_memory(other) == view_of_memory(tensor) for other in same):

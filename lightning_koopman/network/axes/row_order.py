@@ -415,8 +415,9 @@ class RowOrders:
         if is_all_of_memory(target):
             return [(out, self._joined([source]))]
         place, count = self._axes.find(source, self._which), self._axes.size(self._which)
-        axis = 0 if place is None or target.ndim != source.ndim else place.axis
-        if self._is_askew(target, axis, is_own=address_of(source) == address_of(target)):
+        is_within = address_of(source) == address_of(target)
+        if is_within and place is not None and place.axis and source.shape[place.axis] % count:
+            # Circular pads put some rows beside all.
             return [(out, self._mixed(Order(places_like(count, target), count), NO_ORDERS))]
         size, known = target.shape[0] if target.ndim else 0, self.of(source)
         order, row = known.get(size), target[:1] if size else target
@@ -446,17 +447,6 @@ class RowOrders:
         }
         self._keep(target)
         return []
-
-    def _is_askew(self, part: Tensor, axis: int, *, is_own: bool) -> bool:
-        """Check whether rows along an inner axis of a part of memory are not where all rows may be."""
-        size, step, count = part.shape[axis], part.stride(axis), self._axes.size(self._which)
-        outer = [s for n, s in zip(part.shape, part.stride(), strict=True) if n > 1 and s > step > 0]
-        if not axis or not outer:
-            return False
-        if size % count:
-            # Beside all rows, as circular pads have some of them.
-            return is_own
-        return int(part.storage_offset()) % min(outer) // step % size > 0
 
     def _joined(self, reads: Sequence[Tensor]) -> Orders:
         """Return the orders of what is made of several tensors, row by row."""

@@ -117,8 +117,8 @@ class DataFlow(Watcher):
         self._sums = LabelledSums(self._keep_address)
         self._picks = PickedPositions(self._of_batch, self._keep_address)
         # By which axis of the batch is taken for that of the samples.
-        self._rows, self._met = list[RowOrders](), list[MetRows]()
-        self._follow_rows(0)
+        self._rows = [self._rows_along(0)]
+        self._met = MetRows(self._rows[0].of, self._merged.of, self._axes, self._keep_address)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied weak reference frees a storage twice, which ends the interpreter.
@@ -128,17 +128,16 @@ class DataFlow(Watcher):
         """Tell whether an axis is the first one of the batch's tensors, and whether the second."""
         return tuple(self._axes.is_along(tensor, axis, which) for which in range(2))
 
-    def _follow_rows(self, which: int) -> None:
-        told = self._merged.of, self._axes, which, self._keep_address
-        self._rows.append(RowOrders(self._is_data, self._is_own, *told))
-        self._met.append(MetRows(self._rows[-1].of, *told))
+    def _rows_along(self, which: int) -> RowOrders:
+        rows = self._merged.of, self._axes, which
+        return RowOrders(self._is_data, self._is_own, *rows, self._keep_address)
 
     @kept_out_of_the_pass()
     def begin_axes(self, tensors: Iterable[Tensor]) -> None:
         """Follow the first axes of the batch's tensors, too."""
         self._axes.begin(list(tensors))
         if self._axes.is_square and len(self._rows) == 1:
-            self._follow_rows(1)
+            self._rows.append(self._rows_along(1))
 
     @kept_out_of_the_pass()
     def begin_positions(self, tensors: Sequence[Tensor]) -> None:
@@ -195,8 +194,8 @@ class DataFlow(Watcher):
 
         Samples are taken to be along one of the two first axes of the batch.
         """
-        which = min(which, len(self._rows) - 1)
-        return {**self._rows[which].of(tensor), **self._met[which].of(tensor)}
+        rows = self._rows[min(which, len(self._rows) - 1)]
+        return {**rows.of(tensor), **self._met.of(tensor)}
 
     @kept_out_of_the_pass()
     def begin(self, tensor: Tensor) -> None:
@@ -266,8 +265,8 @@ class DataFlow(Watcher):
             followed.follow(op, placed, reads, out)
         if self._origins and reads:
             self._picks.follow(op, placed, reads, [of - ORIGINS for of in known], out)
-            for met in self._met if self._merged else ():
-                met.follow(op, placed, reads, out)
+            if self._merged:
+                self._met.follow(op, placed, reads, out)
             sorts, *_ = [rows.follow(op, placed, reads, out) for rows in self._rows]
             if sorts:
                 reads, known = _without_sorts(reads, known, sorts)
