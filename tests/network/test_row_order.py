@@ -824,6 +824,17 @@ def test_an_order_is_told_once_of_rows_of_which_each_sample_has_several(rows, ho
     assert (order.rows // (order.base // 4)).tolist() == out[:, 0].tolist()
 
 
+def test_single_values_that_are_read_and_written_have_no_rows():
+    def run(x: Tensor) -> Tensor:
+        weights = x.new_zeros(4)
+        weights[2], weights[1] = 1, x[0, 0]
+        return x @ weights * x.take(torch.tensor(3)) + x.as_strided((), ())
+
+    for n in (5, 1):
+        flow, out = followed(run, torch.randn(n, 4))
+        assert n not in flow.orders(out)
+
+
 def test_positions_that_are_sorted_with_those_of_other_samples_are_nowhere():
     x = torch.randn(7, 5)
     for run in (lambda x: x.flatten().sort()[0], lambda x: x.flatten().sort(stable=True)[0]):

@@ -324,7 +324,8 @@ class RowOrders:
         if rows is None:
             return before._replace(rows=places_like(base, numbers), base=base, mixed=True)
         rows, is_told = rows - 1, place is not None or ROW in self.of(source)
-        if is_told and len(rows) == tensor.shape[axis] == count and are_different(rows[rows >= 0]):
+        is_told = is_told and tensor.ndim > 0 and len(rows) == tensor.shape[axis] == count
+        if is_told and are_different(rows[rows >= 0]):
             self._axes.tell(tensor, axis, self._which)
         return before._replace(rows=rows, base=base)
 
