@@ -85,6 +85,7 @@ PICKS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "first slice": (lambda h: h[:, :1].flatten(1), 0),
     "by index": (lambda h: h[torch.arange(len(h)), torch.full((len(h),), 29)], -1),
     "index_select": (lambda h: h.index_select(1, torch.tensor([29]))[:, 0], -1),
+    "by mask": (lambda h: h[:, torch.arange(30) == 29].squeeze(1), -1),
     "behind more": (lambda h: F.layer_norm(h, (6,)).transpose(0, 1)[-1] * 2, -1),
 }
 

@@ -139,10 +139,8 @@ def move(
         memory = given[0].new_zeros(source.untyped_storage().nbytes() // source.element_size())
         view = memory.as_strided(source.shape, source.stride(), source.storage_offset())
         given[0] = view.copy_(given[0])
-    first, *others = (
-        each if each.dtype != torch.long else each.expand(like.shape)
-        for each, like in zip(all_tensors(op.func(*given)), all_tensors(out), strict=True)
-    )
+    made = zip(all_tensors(op.func(*given)), all_tensors(out), strict=True)
+    first, *others = (each.expand(like.shape) for each, like in made)
     return [first, *(None if "pack" in op.name else each for each in others)], False
 
 
