@@ -9,7 +9,7 @@ import pytest
 import torch
 from small import wired
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool1d, conv1d, dropout, embedding, pad
+from torch.nn.functional import avg_pool1d, conv1d, dropout, embedding, interpolate, pad
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lightning_koopman import credit_report
@@ -525,7 +525,7 @@ ADDED = [
     "solved",
     "solved_turned",
 ]
-WINDOWS = ["windows", "strided_windows", "convolved", "pooled", "all_around"]
+WINDOWS = ["windows", "strided_windows", "convolved", "pooled", "all_around", "transformed", "resized"]
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
@@ -548,6 +548,8 @@ def test_rows_of_several_samples_are_told_where_something_adds_or_compares_them(
                 pad(h, (0, 0, 0, 1)).as_strided((n, 2, h.shape[1]), (h.shape[1],) * 2 + (1,)).sum(1)
             ),
             "convolved": lambda: conv1d(h.t(), torch.ones(4, 1, 3) / 3, padding=1, groups=4).t(),
+            "transformed": lambda: torch.fft.fft(h, dim=0).real,
+            "resized": lambda: interpolate(h.t()[None], scale_factor=0.5)[0].t().repeat(2, 1),
             "pooled": lambda: avg_pool1d(h.t(), 3, 1, 1).t(),
             "all_around": lambda: pad(h.t()[None], (0, 2), mode="circular")[0, :, 2:].t(),
         }[how]()

@@ -195,6 +195,10 @@ def axes_met(op: Operator, args: Sequence[Any]) -> tuple[Tensor, Collection[int]
         return args[place], [args[place].ndim - (2 if from_left else 1)]
     if name in _SCANS:
         axes = [args[1] % max(1, args[0].ndim)]
+    elif name.startswith("_fft"):
+        axes = [dim % args[0].ndim for dim in args[1]]
+    elif name.startswith("upsample"):
+        axes = [*range(2, args[0].ndim)]
     elif name == "convolution":
         axes = [axis for axis in range(2, args[0].ndim) if args[1].shape[axis] > 1]
     elif name.startswith(_POOLS):
