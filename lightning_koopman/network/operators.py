@@ -87,7 +87,8 @@ def operator_of(func: Any) -> Operator:
     full_name = func._schema.name.rpartition("::")[2]
     name = full_name.rstrip("_")
     by_place = list(enumerate(arguments))
-    dims = next((i for i, each in by_place if each.name in ("dim", "dims")), len(arguments))
+    told = ("dim", "dims", "dimension")
+    dims = next((i for i, each in by_place if each.name in told), len(arguments))
     return Operator(
         name="index_put" if "index_put" in name else name,
         full_name=full_name,
@@ -103,3 +104,11 @@ def operator_of(func: Any) -> Operator:
         usual_dims=arguments[dims].default_value if dims < len(arguments) else None,
         func=func,
     )
+
+
+def by_place(op: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what an operator is given with all that has a name in its place."""
+    if not kwargs or op.func is None:
+        return args
+    left = op.func._schema.arguments[len(args) :]
+    return (*args, *(kwargs.get(each.name, each.default_value) for each in left))

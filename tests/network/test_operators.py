@@ -12,19 +12,19 @@ from torch import Tensor
 from lightning_koopman.network import operators
 from lightning_koopman.network.access import watch
 from lightning_koopman.network.access.watch import Watcher
-from lightning_koopman.network.axes import batch_axes, pairs, picks, row_order
+from lightning_koopman.network.axes import batch_axes, met, moves, pairs, picks
 from lightning_koopman.network.capture import sums
 from lightning_koopman.network.flow import dataflow, labelled_sums
 from lightning_koopman.network.operators import Operator, operator_of
 
-MODULES = [operators, watch, batch_axes, pairs, picks, row_order, sums, labelled_sums, dataflow]
+MODULES = [operators, watch, batch_axes, met, moves, pairs, picks, sums, labelled_sums, dataflow]
 LISTS = {
     f"{module.__name__.rpartition('.')[2]}.{name}": value
     for module in MODULES
     for name, value in vars(module).items()
     if name.isupper() and isinstance(value, frozenset | dict) and {*map(type, value)} == {str}
 }
-OTHERS = {"dataflow.ORIGINS", "watch._AUTOCASTS"}
+OTHERS = {"dataflow.ORIGINS", "moves._VALUES", "watch._AUTOCASTS"}
 OF_SOME_VERSIONS = {"_fused_rms_norm"}
 
 

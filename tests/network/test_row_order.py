@@ -9,7 +9,7 @@ import pytest
 import torch
 from small import wired
 from torch import Tensor, nn
-from torch.nn.functional import dropout, embedding
+from torch.nn.functional import avg_pool1d, conv1d, dropout, embedding, interpolate, pad
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lightning_koopman import credit_report
@@ -262,6 +262,13 @@ def sparse_product(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
 
 
 @way
+def strided(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    n, d = h.shape
+    z = b(torch.cat([h.as_strided((n - 3, d), (d, 1), 3 * d), h[:3]]))
+    return torch.cat([z[-3:], z.as_strided((n - 3, d), (d, 1))])
+
+
+@way
 def different_rows(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
     return b(torch.unique(h, dim=0))
 
@@ -508,8 +515,21 @@ def test_a_mixed_input_is_an_input():
     assert not [note for note in report.notes if note.startswith("rows of")]
 
 
+ADDED = [
+    "stable",
+    "product",
+    "sparse",
+    "from_the_right",
+    "running",
+    "by_column",
+    "solved",
+    "solved_turned",
+]
+WINDOWS = ["windows", "strided_windows", "convolved", "pooled", "all_around", "transformed", "resized"]
+
+
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
-@pytest.mark.parametrize("how", ["product", "sparse", "from_the_right", "running", "by_column"])
+@pytest.mark.parametrize("how", ADDED + WINDOWS)
 def test_rows_of_several_samples_are_told_where_something_adds_or_compares_them(how):
     def run(m: nn.Module, x: Tensor) -> Tensor:
         h, n = torch.tanh(m.a(x)), len(x)
@@ -520,6 +540,18 @@ def test_rows_of_several_samples_are_told_where_something_adds_or_compares_them(
             "from_the_right": lambda: (h.t() @ mean.t()).t(),
             "running": lambda: h.cumsum(0),
             "by_column": lambda: h.sort(0).values,
+            "stable": lambda: h.sort(stable=True, dim=0).values,
+            "solved": lambda: torch.linalg.solve(torch.eye(n).roll(1, 0), h),
+            "solved_turned": lambda: torch.linalg.solve(torch.eye(n).roll(1, 0), h.t(), left=False).t(),
+            "windows": lambda: pad(h, (0, 0, 1, 1)).unfold(0, 3, 1).mean(2),
+            "strided_windows": lambda: (
+                pad(h, (0, 0, 0, 1)).as_strided((n, 2, h.shape[1]), (h.shape[1],) * 2 + (1,)).sum(1)
+            ),
+            "convolved": lambda: conv1d(h.t(), torch.ones(4, 1, 3) / 3, padding=1, groups=4).t(),
+            "transformed": lambda: torch.fft.fft(h, dim=0).real,
+            "resized": lambda: interpolate(h.t()[None], scale_factor=0.5)[0].t().repeat(2, 1),
+            "pooled": lambda: avg_pool1d(h.t(), 3, 1, 1).t(),
+            "all_around": lambda: pad(h.t()[None], (0, 2), mode="circular")[0, :, 2:].t(),
         }[how]()
         return m.c(m.b(z))
 
@@ -536,7 +568,7 @@ def test_rows_that_take_the_place_of_others_are_left_out_and_what_they_lead_to_i
     def run(m: nn.Module, x: Tensor) -> Tensor:
         h = torch.tanh(m.a(x))
         if how == "padded":
-            h = nn.functional.pad(h, (0, 0, 3, -3))
+            h = pad(h, (0, 0, 3, -3))
         elif how == "product":
             h = torch.eye(len(h))[torch.arange(len(h)) // 2] @ h
         else:
@@ -570,7 +602,7 @@ def test_positions_that_are_moved_leave_samples_where_they_are(how):
                 .reshape(n, s, d)
             )
         if how == "pad":
-            return nn.functional.pad(h, (1, -1, 1, -1))
+            return pad(h, (1, -1, 1, -1))
         if how == "put":
             return (
                 torch
@@ -741,7 +773,7 @@ def step(draw: torch.Generator, t: Tensor, key: Tensor, ways: int) -> tuple[Tens
         parts = both.view(2, -1, both.shape[1]) if k % 2 else both.view(n // 2, 2, -1)
         both = parts.flip(1 - k % 2).reshape(both.shape)
     elif how == 21:
-        both = nn.functional.pad(both[k:], (0, 0, 0, k)) + nn.functional.pad(both[:k], (0, 0, n - k, 0))
+        both = pad(both[k:], (0, 0, 0, k)) + pad(both[:k], (0, 0, n - k, 0))
     return both[:, :-1], both[:, -1]
 
 
@@ -769,6 +801,49 @@ def test_orders_are_those_of_rows_that_carry_their_own_numbers(ways, seed):
     rows = torch.arange(n) if order is None else order.filled()
     assert order is None or (order.base == n and not order.mixed)
     assert rows.tolist() == (t[:, 0] * 100).round().long().tolist()
+
+
+def followed(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[DataFlow, Tensor]:
+    flow = DataFlow(origins=True)
+    flow.label(x, "batch:0")
+    flow.begin_axes([x])
+    with flow:
+        out = run(x)
+    assert flow.error is None
+    return flow, out
+
+
+@pytest.mark.parametrize("rows", [slice(4), slice(8), slice(3, None)], ids=str)
+@pytest.mark.parametrize("how", ["turned", "taken"])
+def test_an_order_is_told_once_of_rows_of_which_each_sample_has_several(rows, how):
+    def run(x: Tensor) -> Tensor:
+        h = x[torch.tensor([2, 0, 3, 1])].flatten(0, 1)[rows]
+        return h.rot90(2) if how == "turned" else h.take(torch.arange(h.numel()).flip(0)).view_as(h)
+
+    # Each entry is the number of its sample.
+    flow, out = followed(run, torch.arange(4.0)[:, None, None].expand(4, 3, 2).clone())
+    order = flow.orders(out)[len(out)]
+    assert (order.rows // (order.base // 4)).tolist() == out[:, 0].tolist()
+
+
+def test_single_values_that_are_read_and_written_have_no_rows():
+    def run(x: Tensor) -> Tensor:
+        weights = x.new_zeros(4)
+        weights[2], weights[1] = 1, x[0, 0]
+        return x @ weights * x.take(torch.tensor(3)) + x.as_strided((), ())
+
+    for n in (5, 1):
+        flow, out = followed(run, torch.randn(n, 4))
+        assert n not in flow.orders(out)
+
+
+def test_positions_that_are_sorted_with_those_of_other_samples_are_nowhere():
+    x = torch.randn(7, 5)
+    for run in (lambda x: x.flatten().sort()[0], lambda x: x.flatten().sort(stable=True)[0]):
+        flow, out = followed(run, x)
+        assert flow.places(out)[0] is None
+    flow, out = followed(lambda x: x.sort()[0], x)
+    assert flow.places(out)[0] == (0, 1)
 
 
 def test_what_no_longer_tells_the_order_ends_the_measurement(monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from small import wired
 from torch import Tensor, nn
+from torch.nn.functional import unfold
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lightning_koopman import component_effects, credit_report
@@ -291,11 +292,11 @@ def test_effects_know_the_samples_where_positions_are_first():
 
 
 def behind_unfollowed(first: bool) -> Any:
-    """Two indices, side by side, take what axes hold in an order of their own."""
+    """Windows of one value each, in axes of their own."""
 
     def run(m: Any, x: Tensor) -> Tensor:
-        h, n = m.low(x), torch.arange(len(x))
-        h = h[n[:, None], torch.arange(T)]
+        h = m.low(x)
+        h = unfold(h[None], 1).view_as(h)
         return m.out(m.high(h if first else m.rnn(back(h))[0]).sum(1))
 
     more = {} if first else {"rnn": nn.RNN(D, D)}

@@ -167,7 +167,7 @@ class _Rule:
     def __init__(self, op: Operator, args: Sequence[Any], sizes: dict[int, int]) -> None:
         self._name, self._args, self._sizes = op.name, args, sizes
         self._by_entry = op.is_pointwise or op.name in ("copy", "repeat")
-        dims = args[op.dims] if op.dims < len(args) else None
+        dims = args[op.dims] if op.dims < len(args) else op.usual_dims
         self._dims: Sequence[int] = [dims] if isinstance(dims, int) else dims or ()
 
     def axis(self, read: Tensor, place: Place, which: int, out: Tensor) -> int | None:

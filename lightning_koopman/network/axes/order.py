@@ -62,12 +62,6 @@ MET = -1
 """In place of a number of rows: those that axes were merged into, and of which several then met."""
 
 
-def in_one(rows: Sequence[Tensor], base: int, seen: Sequence[Order]) -> Order:
-    """Return the order of rows that were put one behind the other."""
-    moved, mixed = any(order.moved for order in seen), any(order.mixed for order in seen)
-    return Order(torch.cat([each.to(rows[0].device) for each in rows]), base, moved, mixed)
-
-
 def agreed(size: int, found: Sequence[Order], plain: bool) -> Order | None:
     """Return the order of rows that were put together row by row, some of them ``plain`` ones."""
     first = found[0]

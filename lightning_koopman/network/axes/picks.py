@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_koopman.network.axes.moves import move
+from lightning_koopman.network.axes.order import places_like
 from lightning_koopman.network.axes.recorded import NO_PICKS, Pick, Picks, Recorded
 from lightning_koopman.network.axes.rows import RowForm, by_sample, last_valid, n_positions
 from lightning_koopman.network.operators import (
@@ -27,6 +29,9 @@ _IN_PLACE = frozenset({
     *BY_VALUE,
     *BATCH_NORMS,
     *("copy", "detach", "alias", "unsqueeze", "squeeze", "expand", "stack", "native_dropout"),
+})
+_PICKS = frozenset({
+    *("select", "slice", "unbind", "split", "split_with_sizes", "index", "index_select", "gather"),
 })
 _TURN = frozenset({"transpose", "permute", "t", "numpy_T"})
 
@@ -93,7 +98,7 @@ class PickedPositions:
                 of = {view: moves | moved for view, moves in {None: _NO_MOVES, **of}.items()}
             self._moved[address] = {**of, view_of_memory(tensor) if is_part else None: moved}
             self._keep(tensor)
-        picked = _picked(op.name, args, out)
+        picked = _picked(op, args, out)
         if not (picked or self._of):
             return
         joined = self._joined(reads, known)
@@ -219,75 +224,50 @@ def _cut(shape: Sequence[int], out: Sequence[int]) -> Sequence[int]:
     return cut
 
 
-def _picked(name: str, args: Sequence[Any], out: Any) -> dict[int, Pick]:
-    """Return which positions an operator picks of its first argument, by the id of what holds them."""
+def _picked(op: Operator, args: Sequence[Any], out: Any) -> dict[int, Pick]:
+    """Return which positions an operator picks of its first argument, by the id of what holds them.
+
+    It is run on where each entry is along each axis as well, see :mod:`.moves`.
+    """
     source = args[0] if args else None
-    if not isinstance(source, Tensor) or source.is_nested or source.ndim != 3:
+    if op.name not in _PICKS or not isinstance(source, Tensor) or source.is_nested or source.ndim != 3:
         return {}
-    given = {id(out): _pick(name, args, out)} if isinstance(out, Tensor) else {}
-    if name in ("unbind", "split", "split_with_sizes"):
-        dim, place = (1 if name == "unbind" else 2), 0
-        axis = args[dim] if len(args) > dim else 0
-        for part in out:
-            size = 1 if name == "unbind" else part.shape[axis]
-            given[id(part)] = _pick_of(source, axis, [place]) if size == 1 else None
-            place += size
-    return {of: pick for of, pick in given.items() if pick is not None}
+    parts, shape = all_tensors(out), source.shape
+    picks = [
+        (part, axis)
+        for part in enumerate(parts)
+        for axis, size in enumerate(shape)
+        if size > 1 and part[1].numel() and part[1].numel() * size == source.numel()
+    ]
+    told = [
+        all_tensors(move(op, args, out, lambda _, at=at: at))  # type: ignore[misc]
+        for at in (_places(source) if picks else ())
+    ]
+    found = dict[int, Pick]()
+    for (i, part), axis in picks:
+        at, first, second = (told[k][i].flatten() for k in (axis, *({0, 1, 2} - {axis})))
+        n_second = shape[max({0, 1, 2} - {axis})]
+        each = at.view(-1, n_second)
+        are_all = torch.equal(first * n_second + second, places_like(len(at), at))
+        if are_all and bool((each == each[:, :1]).all()):
+            pick = _pick_of(axis, shape[axis], each[:, 0].tolist(), is_told=op.name in LOOK_UPS)
+            found |= {} if pick is None else {id(part): pick}
+    return found
 
 
-def _pick(name: str, args: Sequence[Any], out: Tensor) -> Pick | None:
-    source, axis, places = args[0], 0, [0]
-    if name == "select":
-        axis, places = args[1], [args[2]]
-    elif name == "slice":
-        axis = args[1] if len(args) > 1 else 0
-        if out.shape[axis] != 1:
-            return None
-        places = [(args[2] if len(args) > 2 else None) or 0]
-    elif name == "index_select" and args[2].numel() == 1:
-        axis, places = args[1], args[2].tolist()
-    elif name in ("index", "gather"):
-        axis, told = (_indexed if name == "index" else _gathered)(*args[:3])
-        places = [] if told is None else told.flatten().tolist()
-    else:
-        return None
-    return _pick_of(source, axis, places, is_told=name in LOOK_UPS)
+def _places(tensor: Tensor) -> Iterator[Tensor]:
+    """Return where each entry is along each axis."""
+    for axis, size in enumerate(tensor.shape):
+        ends = [1] * (tensor.ndim - axis - 1)
+        yield places_like(size, tensor).view(-1, *ends).expand(tensor.shape)
 
 
-def _pick_of(source: Tensor, axis: int, places: Sequence[int], *, is_told: bool = False) -> Pick | None:
-    """Return what picks these positions along an axis, of each sample if there are several."""
-    size = source.shape[axis]
-    if size < 2 or not places:
-        return None
-    places = [place % size for place in places]
+def _pick_of(axis: int, size: int, places: Sequence[int], *, is_told: bool) -> Pick | None:
+    """Return what picks these positions along an axis, of each sample."""
     first = places[0]
     if any(place != first for place in places) or (is_told and first not in (0, size - 1)):
-        return Pick(axis % 3, size, True, True, tuple(places))
-    return Pick(axis % 3, size, first > 0, is_told) if first in (0, size - 1) else None
-
-
-def _indexed(source: Tensor, given: Sequence[Tensor | None]) -> tuple[int, Tensor | None]:
-    """Return the axis along which tensors pick one position of each sample, and which."""
-    indices = [(axis, index) for axis, index in enumerate(given) if index is not None]
-    axis, places = indices[-1]
-    if len(indices) == 1 and places.dtype == torch.bool:
-        is_one = places.shape == source.shape[:2] and bool((places.sum(dim=1) == 1).all())
-        return 1, places.int().argmax(dim=1) if is_one else None
-    if len(indices) == 1 and places.numel() == 1:
-        return axis, places
-    if len(indices) == 2 and all(index.ndim == 1 for _, index in indices):
-        for (along, samples), (axis, places) in (indices, indices[::-1]):
-            if torch.equal(samples, torch.arange(source.shape[along], device="cpu").to(samples)):
-                return axis, places
-    return axis, None
-
-
-def _gathered(source: Tensor, axis: int, index: Tensor) -> tuple[int, Tensor | None]:
-    """Return the axis along which one position of each sample is picked, and which, of all channels."""
-    places = index.movedim(axis, 0)
-    is_one = len(places) == 1 and index.shape[-1] == source.shape[-1] and axis % 3 < 2
-    is_one = is_one and bool((places == places[..., :1]).all())
-    return axis, places[0, :, 0] if is_one else None
+        return Pick(axis, size, True, True, tuple(places))
+    return Pick(axis, size, first > 0, is_told) if first in (0, size - 1) else None
 
 
 def keeping_picked(

@@ -14,6 +14,7 @@ from lightning_koopman.network.access.watch import Watcher, flat, kept_out_of_th
 from lightning_koopman.network.axes.batch_axes import BatchAxes, Place
 from lightning_koopman.network.axes.input_data import has_positions
 from lightning_koopman.network.axes.merged import MergedAxes
+from lightning_koopman.network.axes.met import MetRows
 from lightning_koopman.network.axes.order import NO_ORDERS, Orders
 from lightning_koopman.network.axes.pairs import PairedRows
 from lightning_koopman.network.axes.picks import PickedPositions
@@ -25,6 +26,7 @@ from lightning_koopman.network.operators import (
     LOOK_UPS,
     SHAPE_ONLY,
     Operator,
+    by_place,
 )
 from lightning_koopman.network.tensors import (
     address_of,
@@ -116,6 +118,7 @@ class DataFlow(Watcher):
         self._picks = PickedPositions(self._of_batch, self._keep_address)
         # By which axis of the batch is taken for that of the samples.
         self._rows = [self._rows_along(0)]
+        self._met = MetRows(self._rows[0].of, self._merged.of, self._axes, self._keep_address)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied weak reference frees a storage twice, which ends the interpreter.
@@ -191,7 +194,8 @@ class DataFlow(Watcher):
 
         Samples are taken to be along one of the two first axes of the batch.
         """
-        return self._rows[min(which, len(self._rows) - 1)].told(tensor)
+        rows = self._rows[min(which, len(self._rows) - 1)]
+        return {**rows.of(tensor), **self._met.of(tensor)}
 
     @kept_out_of_the_pass()
     def begin(self, tensor: Tensor) -> None:
@@ -256,13 +260,14 @@ class DataFlow(Watcher):
         reads, known = [tensor for tensor, _ in kept], self._known(op, kept, out)
         # What a part holds is lost as well, but not what is told of all its memory.
         ends = {place for place, (_, is_lost) in enumerate(kept) if is_lost}
+        placed = by_place(op, args, kwargs)
         for followed in (self._axes, *self._positions.values()) if reads else ():
-            followed.follow(op, args, reads, out)
+            followed.follow(op, placed, reads, out)
         if self._origins and reads:
-            self._picks.follow(op, args, reads, [of - ORIGINS for of in known], out)
-            for rows in self._rows if self._merged else ():
-                rows.follow_met(op, args, reads, out)
-            sorts, *_ = [rows.follow(op, args, reads, out) for rows in self._rows]
+            self._picks.follow(op, placed, reads, [of - ORIGINS for of in known], out)
+            if self._merged:
+                self._met.follow(op, placed, reads, out)
+            sorts, *_ = [rows.follow(op, placed, reads, out) for rows in self._rows]
             if sorts:
                 reads, known = _without_sorts(reads, known, sorts)
                 ends = set()
