@@ -28,6 +28,7 @@ from lightning_koopman.network.capture.plan import Plan, UnlikeRowsError, in_a_r
 from lightning_koopman.network.components import Components, hint, is_leaf, matching
 from lightning_koopman.network.names import OUTPUT, call_of, is_sum, listed, module_of
 from lightning_koopman.network.runs.forward import ForwardFn, default_forward, device_of, to_device
+from lightning_koopman.network.runs.samples import samples_in
 from lightning_koopman.network.runs.steps import Step
 from lightning_koopman.network.tensors import (
     all_tensors,
@@ -274,6 +275,9 @@ class Measurement(Accumulator):
         if self._followed is not None and not self.chain.names:
             self._followed.check_widths([block.shape[1] for block in rows.values()])
         before, n_rows = self._told_by, self.n_samples
+        if before is not None and len(before) < samples_in(self._batch):
+            # Calls on a part of the batch each are about samples of their own.
+            before = None
         told_by = first if before is None else torch.cat([before, first[len(before) :]])[: len(first)]
         self._follow_sums(rows)
         self.push(rows, self._known_plan.links, told_by)

@@ -55,6 +55,28 @@ def test_calls_on_the_same_input_count_where_states_differ():
     assert credit_report(plain, x.split(100), max_samples=None).n_samples == 800
 
 
+class InParts(nn.Module):
+    """Runs its network on a part of the batch after the other, as memory asks for."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.net, self.size = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.net(part) for part in x.split(self.size)])
+
+
+@pytest.mark.parametrize("size", [1, 40, 64])
+def test_parts_of_a_batch_are_samples_of_their_own(size: int) -> None:
+    torch.manual_seed(0)
+    net, x = InParts(size).double(), torch.randn(600, 8, dtype=torch.float64)
+    whole, parts = (credit_report(m, x.split(100), max_samples=None) for m in (net.net, net))
+    np.testing.assert_allclose(parts.credit, whole.credit, atol=1e-9)
+    np.testing.assert_allclose(parts.r2, whole.r2, atol=1e-9)
+    np.testing.assert_allclose(parts.stderr["credit"], whole.stderr["credit"], atol=1e-9)
+    assert not any("several times" in note for note in parts.notes)
+
+
 class Loop(nn.Module):
     def __init__(self, steps: int) -> None:
         super().__init__()
