@@ -532,7 +532,9 @@ class Measurement(Accumulator):
                 told += masks
         if not told:
             return
-        rows = told[0] if len(told) == 1 else torch.cat([each.to(tensor).flatten(1) for each in told], 1)
+        count, rows = max(map(len, told)), told[0]
+        if len(told) > 1:
+            rows = torch.cat([each.to(tensor).flatten(1).expand(count, -1) for each in told], dim=1)
         first = rows[:1].detach().clone(), torch.zeros((), device="cpu")
         sample, differs = self._alike.get(name, first)
         own = sample if sample.shape[1:] == rows.shape[1:] else rows[:1]
