@@ -497,7 +497,8 @@ class Measurement(Accumulator):
     ) -> Tensor | None:
         """Make the rows of a state of the chain; of others, compare."""
         if recorded.name not in self._known_plan.recorded:
-            self._compare(recorded.name, tensor)
+            if told := self._left_out(recorded.name, tensor):
+                self._compare(recorded.name, told)
             call = call_of(recorded.name)
             known = call in self._known_plan.forms or call in self.capture.parts
             if not known and module_of(call) not in self._known_plan.in_turns:
@@ -519,8 +520,8 @@ class Measurement(Accumulator):
         forms = self._known_plan.forms
         return by_sample(tensor, forms[name]) if name in forms else tensor
 
-    def _compare(self, name: str, tensor: Tensor) -> None:
-        """Find out whether a state varies that did not in the first batch; a device is not asked."""
+    def _left_out(self, name: str, tensor: Tensor) -> list[Tensor]:
+        """Return what tells, by sample, whether a state varies that did not in the first batch."""
         told = list[Tensor]()
         if name in self._known_plan.alike and tensor.ndim and len(tensor):
             told.append(self._by_sample(name, tensor))
@@ -530,11 +531,13 @@ class Measurement(Accumulator):
             counts = {len(mask) for mask in masks}
             if len(counts) == 1 and (tensor.ndim == 2 or len(tensor) in (1, *counts)):
                 told += masks
-        if not told:
-            return
+        return told
+
+    def _compare(self, name: str, told: Sequence[Tensor]) -> None:
+        """Find out whether what was left out varies; a device is not asked."""
         count, rows = max(map(len, told)), told[0]
         if len(told) > 1:
-            rows = torch.cat([each.to(tensor).flatten(1).expand(count, -1) for each in told], dim=1)
+            rows = torch.cat([each.to(rows).flatten(1).expand(count, -1) for each in told], dim=1)
         first = rows[:1].detach().clone(), torch.zeros((), device="cpu")
         sample, differs = self._alike.get(name, first)
         own = sample if sample.shape[1:] == rows.shape[1:] else rows[:1]

@@ -124,10 +124,11 @@ def move(
         return [told.index_select(axis, index), None, None], False
     named = [arg.name for arg in op.func._schema.arguments if not arg.kwarg_only]
     given = [0 if name == "value" else arg for name, arg in zip(named, args, strict=False)]
-    for place, value in _values(op, args):
+    values = dict(_values(op, args))
+    for place, value in values.items():
         each = [numbers(tensor) for tensor in all_tensors(value)]
         given[place] = each[0] if isinstance(value, Tensor) else each
-    places = [place for place, _ in _values(op, args)]
+    places = [*values]
     given = _cut(op, args, given, places)
     for place in places if op.written else ():
         given[place] = given[place].clone()

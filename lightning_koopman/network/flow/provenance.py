@@ -16,7 +16,6 @@ from lightning_koopman.network.axes.input_data import (
     is_mask,
     shuts_out,
 )
-from lightning_koopman.network.axes.recorded import Picks
 from lightning_koopman.network.flow.dataflow import BATCH, CHANCE, ORIGINS, OWN, UNKNOWN, DataFlow
 from lightning_koopman.network.flow.labelled_sums import OnSum
 from lightning_koopman.network.tensors import (
@@ -95,7 +94,7 @@ class Provenance:
         found: dict[str, Any] = {"places": flow.places(tensor)}
         found |= {"orders": flow.orders(tensor), "second_orders": flow.orders(tensor, 1)}
         if self.follows:
-            found |= {"positions": flow.positions(tensor), "picks": self.picks(tensor)}
+            found |= {"positions": flow.positions(tensor), "picks": flow.picks(tensor)}
             found["merged"] = flow.merged(given)
         return found
 
@@ -252,10 +251,6 @@ class Provenance:
         """Let weights that a functional call put in count as what the network holds itself."""
         if self.follows:
             self.own([t for t in (*model.parameters(), *model.buffers()) if not self.flow.labels(t)])
-
-    def picks(self, tensor: Tensor) -> Picks:
-        """Return the states of which one position alone is in a tensor."""
-        return self.flow.picks(tensor)
 
     def holds_own(self, value: Any) -> bool:
         """Check whether what the network holds itself is in a value, beside what states are made of."""

@@ -62,8 +62,6 @@ class Returned:
         self._provenance, self._inputs, self._whole = provenance, inputs, whole
         self._places: dict[int, str] = {}
         self._further: set[str] = set()
-        # The last state, where weights that are no component's read it.
-        self._gone_on_with: frozenset[str] | None = None
 
     def find(
         self,
@@ -86,9 +84,12 @@ class Returned:
         """
         with unseen():
             further = [] if last is None else self._beyond(*last, output)
+        # The last state is no end where weights that are no component's go on with it.
+        is_read = any(map(self._provenance.holds_own, further))
+        gone_on_with = frozenset({last[0]}) if last and is_read else frozenset[str]()
         for place, tensor in enumerate(tensors_inside(output)):
             if not tensor.ndim:
-                picks = self._provenance.picks(tensor)
+                picks = self._provenance.flow.picks(tensor)
                 for state in self._provenance.parts_of(tensor) or ():
                     pick = picks.get(state)
                     self.in_losses[state] = pick if self.in_losses.get(state, pick) == pick else None
@@ -102,7 +103,7 @@ class Returned:
             if not tensor.is_nested and (sources is None or self._inputs.beyond(sources)):
                 self.rows.add(len(tensor))
             is_further = any(tensor is other for other in further)
-            if sources and (is_further or sources != self._gone_on_with):
+            if sources and (is_further or sources != gone_on_with):
                 own = numbered(name, len(self.made_of))
                 # The same numbers may be returned twice, under two names.
                 if {known for known, _ in self._provenance.stages(tensor)}.isdisjoint(self.made_of):
@@ -111,7 +112,7 @@ class Returned:
                 self.made_of[own] = sources = sources | self._mixed_into(own, tensor, call)
                 if is_further:
                     self._further.add(own)
-                if len(sources) > 1 or sources & moved or own in self._further:
+                if len(sources) > 1 or sources & moved or is_further:
                     self._places[place] = own
         self.compares &= not self.made_of
 
@@ -177,7 +178,6 @@ class Returned:
                 moved = tensor.shape != cast.shape or _are_moved(values, cast)
                 unlike.append(not (shifted or moved))
         whole = sum(part.numel() for part in parts) >= state.numel()
-        self._gone_on_with = frozenset({name}) if weighted else None
         found = weighted if whole else weighted + parts
         self.changes = name if unlike and all(unlike) and not found else None
         return found
